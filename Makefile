@@ -1,0 +1,71 @@
+# Everything from a fresh clone with Python 3.11+ and make; no compiler. `make` alone lists the targets.
+#
+# Variables, to be set on the command line or in the environment:
+#   PYTHON       interpreter the virtual environment is made with (python3.11, else python3)
+#   VENV         where the virtual environment goes
+#   TORCH_SPEC   the torch to install; it goes first, so that nothing else pulls another build of it
+#   TORCH_INDEX  package index for that one install, such as PyTorch's own index of CPU wheels (a CPU machine whose pip would
+#                otherwise fetch the CUDA build of several GB). Empty: pip's own configuration decides
+#   STREAM       what `make quickstart` learns
+#   RANKS        processes to start: 2 without a CUDA device, else one for each of at most two devices
+#   DS_ACCELERATOR, OMP_NUM_THREADS  as DeepSpeed and OpenMP know them; cpu and cores / RANKS where torch sees no CUDA device
+SHELL := /bin/sh
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+STREAM ?= jobs/streams/quickstart.yaml
+RANKS ?=
+
+STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+# Shell lines that set the environment of a run: the venv's tools are found by name, and the devices decide the rest.
+define ENVIRONMENT
+PATH="$(abspath $(VENV))/bin:$$PATH"; export PATH; \
+devices=$$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1; \
+ranks="$(RANKS)"; \
+if [ -z "$$ranks" ]; then if [ "$$devices" -eq 1 ]; then ranks=1; else ranks=2; fi; fi; \
+if [ "$$devices" -eq 0 ]; then \
+  cores=$$(python -c 'import os; print(len(os.sched_getaffinity(0)))'); \
+  threads=$$((cores / ranks)); if [ "$$threads" -lt 1 ]; then threads=1; fi; \
+  export DS_ACCELERATOR="$${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$threads}"; \
+fi
+endef
+
+.PHONY: help venv quickstart test lint clean
+
+help:
+	@echo "make quickstart   set up, make the demo's model and data, learn $(STREAM)"
+	@echo "make test         set up, run the suite (lint included)"
+	@echo "make lint         ruff check and format check"
+	@echo "make venv         set up only: $(VENV)"
+	@echo "make clean        remove $(VENV), demo/ and caches; never a work folder"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: Python 3.11 or newer is needed, and there is no '$(PYTHON)'; install it or set PYTHON=..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed, $(PYTHON) is `"$(PYTHON)" --version 2>&1`; set PYTHON=..." >&2; exit 2; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) lacks the venv module (Debian: apt-get install python3-venv)" >&2; exit 2; }
+	@echo "setting up $(VENV) (about two minutes; 2 GB with the CPU build of torch)"
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@echo "installing $(TORCH_SPEC)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH_SPEC)"
+	@echo "installing the rest"
+	@DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --editable '.[test]'
+	@touch "$@"
+
+quickstart: $(STAMP)
+	@$(ENVIRONMENT); python jobs/demo.py && exec deepspeed --num_accelerators "$$ranks" jobs/continual.py --stream "$(STREAM)"
+
+test: $(STAMP)
+	@$(ENVIRONMENT); exec python -m pytest -q
+
+lint: $(STAMP)
+	@"$(VENV)/bin/ruff" check . && "$(VENV)/bin/ruff" format --check .
+
+clean:
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	rm -rf demo build *.egg-info .pytest_cache .ruff_cache
+	find data_contracts pipeline jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,63 @@
+"""Re-verify everything a work_dir has published: chain, files, bank, champion and MLflow. Names what differs.
+
+    python jobs/audit.py --work-dir W [--tracking-uri U]
+
+Exit 0 when all agrees, 1 when something differs, 2 when there is nothing to audit.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_contracts.errors import UserError
+from pipeline.tracking.audit import audit, read_links
+from pipeline.tracking.audit_mlflow import unreachable
+from pipeline.tracking.finding import Finding
+from pipeline.tracking.registry import open_registry
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the audit; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Re-verify everything a work_dir has published.")
+    parser.add_argument("--work-dir", required=True, type=Path, help="the stream's work_dir")
+    parser.add_argument("--tracking-uri", help="MLflow's address; default: the database in the work_dir")
+    options = parser.parse_args(arguments)
+    try:
+        findings = collect(options.work_dir, options.tracking_uri)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    show(findings)
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def collect(work_dir: Path, tracking_uri: str | None) -> list[Finding]:
+    """All findings; that MLflow cannot be opened is one of them."""
+    manifests = [link.manifest for link in read_links(work_dir) if link.manifest]
+    try:
+        registry = open_registry(work_dir, manifests, tracking_uri)
+    except Exception as error:  # what is on disk is audited whatever becomes of MLflow
+        return [*audit(work_dir), unreachable(error)]
+    return audit(work_dir, registry)
+
+
+def show(findings: list[Finding]) -> None:
+    """Print the table, then one line with the verdict."""
+    table = Table("", "what", "seen", box=None, pad_edge=False)
+    for finding in findings:
+        mark = Text("ok", "green") if finding.ok else Text("DIFFERS", "bold red")
+        table.add_row(mark, Text(finding.name), Text(finding.detail))  # Text: what was found is never read as markup
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    wrong = sum(not finding.ok for finding in findings)
+    console.print(f"{len(findings)} checked, {wrong} differ" if wrong else f"{len(findings)} checked, all agree")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Learn every task of a stream that is not learned yet: `deepspeed jobs/continual.py --stream FILE [--set k=v]...`.
+
+Exit codes: 0 done, 2 bad configuration or contract, 3 rejected by the gate, 75 stopped on request with the state saved,
+1 any other failure. The work_dir's `finished.json` says the same, since a launcher can exit 0 after its own death.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_contracts.errors import UserError
+from pipeline.training.stop import EXIT_STOPPED, StopFlag, StoppedOnRequest
+
+DEVICE_FREE_STAGES = ("validate", "prepare")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line of the job."""
+    parser = argparse.ArgumentParser(description="Learn the tasks of a stream one after another.")
+    parser.add_argument("--stream", required=True, help="stream file, see jobs/streams/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. training.epochs=2")
+    parser.add_argument("--until", metavar="TASK", help="stop after this task of the stream")
+    parser.add_argument("--stages", help="run only 'validate' or 'validate,prepare', without a device")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; returns the exit code."""
+    options = parse(arguments)
+    stop = StopFlag()
+    stop.listen()
+    try:
+        from pipeline.config import load_stream  # the imports below cost seconds: signals and arguments come first
+
+        config = load_stream(options.stream, options.set)
+        if options.stages:
+            return run_stages(config, options.stages)
+        from pipeline.continual import run_stream
+
+        return run_stream(config, options.until, stop)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same mistake
+            print(f"continual: {error}", file=sys.stderr)
+        return 2
+    except StoppedOnRequest as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"continual: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+def run_stages(config, text: str) -> int:
+    """The stages that need no device."""
+    stages = text.split(",")
+    if tuple(stages) not in (DEVICE_FREE_STAGES[:1], DEVICE_FREE_STAGES):
+        raise UserError(f"--stages {text}: choose 'validate' or 'validate,prepare'")
+    from pipeline.continual import prepare_only
+
+    return prepare_only(config, stages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

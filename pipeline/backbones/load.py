@@ -1,0 +1,78 @@
+"""Load a frozen backbone and its tokenizer from a local folder of safetensors, and digest what was loaded."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+
+from data_contracts.errors import UserError
+from pipeline.backbones.families import DenseFamily, family_of
+from pipeline.config import BackboneConfig
+from pipeline.files import canonical_json, sha256_file, sha256_text
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen causal LM with its family. `model` may be partitioned by ZeRO-3."""
+
+    model: nn.Module
+    family: DenseFamily
+
+
+def load_config(config: BackboneConfig) -> PreTrainedConfig:
+    """The backbone's configuration, read before any weight. Raises UserError naming the folder and what is missing."""
+    folder = Path(config.path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"backbone.path '{config.path}' is not a folder with a config.json; "
+            "correct it, or run 'python jobs/demo.py' to make the demo backbone"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"backbone.path '{config.path}' has no *.safetensors; convert the weights (pickles are never read)")
+    try:
+        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"backbone.path '{config.path}': transformers cannot read its config.json ({error})") from error
+
+
+def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
+    """The backbone's fast tokenizer. Raises UserError where there is none or it names no end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"backbone.path '{config.path}': transformers cannot read its tokenizer ({error})") from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"backbone.path '{config.path}' needs a fast tokenizer with an end-of-sequence token")
+    return tokenizer
+
+
+def load_backbone(config: BackboneConfig) -> Backbone:
+    """Load the frozen weights in the configured dtype, eval mode, no gradients.
+
+    Under ZeRO-3 keep a `transformers.integrations.HfDeepSpeedConfig` alive around the call: weights are then
+    partitioned while they are read.
+    """
+    family = family_of(load_config(config))
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path,
+        revision=config.revision,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    model.requires_grad_(False)
+    return Backbone(model.eval(), family)
+
+
+@functools.lru_cache(maxsize=4)
+def backbone_digest(path: str) -> str:
+    """sha256 over the names and bytes of the folder's safetensors, configuration and tokenizer files."""
+    names = sorted(
+        file.name for file in Path(path).iterdir() if file.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"}
+    )
+    return sha256_text(canonical_json({name: sha256_file(Path(path) / name) for name in names}))
+

@@ -1,0 +1,203 @@
+"""Stream configuration: one YAML file and `--set key.path=value` overrides, read into one typed object that refuses unknown keys.
+
+A method's options are a pydantic model `Options` in the method's own file, found by the method's name.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_contracts.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class BackboneConfig(Section):
+    """The frozen pretrained model."""
+
+    path: str  # folder with config.json, *.safetensors and the tokenizer
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    revision: str | None = None
+    trust_remote_code: Literal[False] = False  # code from a checkpoint is never run; the key stands here to say so
+
+
+class RowsConfig(Section):
+    """At most this many rows of each split of a task, drawn by seed; null takes all."""
+
+    train: int | None = Field(None, ge=1)
+    validation: int | None = Field(None, ge=1)
+    test: int | None = Field(None, ge=1)
+
+
+class TrainingConfig(Section):
+    """How one increment is trained. Batches count rows, budgets count tokens, learning rates are AdamW's."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(32, ge=1)  # rows of a global batch, over all ranks
+    micro_batch_size: int = Field(16, ge=1)  # most rows of one forward pass on one rank
+    micro_batch_tokens: int = Field(2048, ge=16)  # most tokens, padding included, of one forward pass on one rank
+    learning_rate: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
+    gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off
+    save_every: int = Field(50, ge=1)  # steps between two in-flight states
+
+
+class EvaluationConfig(Section):
+    """How rows are scored after an increment."""
+
+    batch_tokens: int = Field(4096, ge=16)  # most tokens, padding included, of one forward pass on one rank
+    baselines: tuple[Literal["zero_shot", "tfidf"], ...] = ()  # measured beside each new task, same rows
+
+
+class GateConfig(Section):
+    """When an increment may become the champion. Scores are test scores in [0, 1]."""
+
+    max_regression: float | None = Field(0.02, ge=0)  # most an earlier task may lose against its last champion row
+    min_metric: float | dict[str, float] | None = None  # least score of the new task; one number or one a task
+    on_reject: Literal["stop", "continue"] = "stop"
+
+
+class TrackingConfig(Section):
+    """MLflow. Without `uri`, a sqlite database in the work_dir."""
+
+    uri: str | None = None
+    experiment: str = "perennial"
+    registered_model: str | None = None  # default: the stream's name
+    artifact_location: str | None = None
+
+
+class StreamConfig(Section):
+    """Everything `jobs/continual.py` needs to know (DESIGN section 6)."""
+
+    stream: str = Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")
+    work_dir: str
+    data_roots: tuple[str, ...] = Field(min_length=1)  # folders or URI prefixes a contract may point below
+    backbone: BackboneConfig
+    tasks: tuple[str, ...] = Field(min_length=1)  # contract files, in the order they are learned
+    method: dict[str, Any]
+    rows: RowsConfig = RowsConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    deepspeed: str = "deepspeed_configs/zero3.json"
+    seed: int = Field(17, ge=0, lt=2**31)
+
+    @field_validator("tasks")
+    @classmethod
+    def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("a contract file is named twice; name each once, in the order of learning")
+        return tasks
+
+    @model_validator(mode="after")
+    def _method_options(self) -> "StreamConfig":
+        options = dict(self.method)
+        name = options.pop("name", None)
+        parsed = method_module(name).Options.model_validate(options)
+        object.__setattr__(self, "method", {"name": name, **parsed.model_dump(mode="json")})
+        return self
+
+    def work_path(self) -> Path:
+        """The work_dir as an absolute path."""
+        return Path(self.work_dir).expanduser().resolve()
+
+    def learning(self) -> dict[str, Any]:
+        """What decides the learned numbers: no paths, hosts, addresses or placement (DESIGN section 7)."""
+        return {
+            "seed": self.seed,
+            "method": self.method,
+            "rows": self.rows.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json", exclude={"save_every"}),
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
+        }
+
+
+def method_names() -> list[str]:
+    """The methods there are: one file each in `pipeline/methods/`."""
+    import pipeline.methods
+
+    names = {module.name for module in pkgutil.iter_modules(pipeline.methods.__path__)}
+    return sorted(names - {"protocol"})
+
+
+def build_method(config: "StreamConfig"):
+    """The `Method` object of a stream (see pipeline/methods/protocol.py)."""
+    options = {key: value for key, value in config.method.items() if key != "name"}
+    module = method_module(config.method["name"])
+    return module.build(module.Options.model_validate(options))
+
+
+def method_module(name: Any):
+    """The module of a method, which has `Options` and `build`. Raises ValueError naming the methods there are."""
+    if not isinstance(name, str) or name not in method_names():
+        raise ValueError(f"method.name is {name!r}; it must be one of: {', '.join(method_names())}")
+    return importlib.import_module(f"pipeline.methods.{name}")
+
+
+def load_stream(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """Read a stream file and apply `key.path=value` overrides (values are YAML).
+
+    Raises UserError naming the file and the key for a missing file, broken YAML, an unknown key or a bad value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the stream file ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({_one_line(error)}); correct the file") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a stream file is a mapping of keys to values; see jobs/streams/quickstart.yaml")
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return StreamConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error as one sentence: each key with what is wrong and, for unknown keys, that it is unknown."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown key '{where}'; remove it or correct its spelling")
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UserError(f"--set {override}: write it as key.path=value, for example --set training.epochs=2")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section; correct the key path")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

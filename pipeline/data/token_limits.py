@@ -1,0 +1,103 @@
+"""Token counts of rows, and cutting rows that are too long."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from data_contracts.contract import TaskContract
+from pipeline.data.prompts import rendered
+
+# Texts given to the tokenizer at once: it works on them in parallel, and their encodings are held in memory together.
+_BATCH = 4096
+
+
+class TokenCounter:
+    """Counts tokens with a copy of a fast tokenizer in which padding and truncation are off."""
+
+    def __init__(self, tokenizer):
+        """`tokenizer` is a Hugging Face fast tokenizer (it has `backend_tokenizer`) or a `tokenizers.Tokenizer`."""
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def prompts(self, texts: list[str]) -> np.ndarray:
+        """Tokens of each prompt, with the special tokens the tokenizer puts around a text (such as a start token)."""
+        return self._count(texts, add_special_tokens=True)
+
+    def answers(self, texts: list[str]) -> np.ndarray:
+        """Tokens of each answer alone; equal answers (labels) are counted once."""
+        distinct = list(dict.fromkeys(texts))
+        count_of = dict(zip(distinct, self._count(distinct, add_special_tokens=False).tolist(), strict=True))
+        return np.array([count_of[text] for text in texts], dtype=np.int64)
+
+    def _count(self, texts: list[str], add_special_tokens: bool) -> np.ndarray:
+        lengths: list[int] = []
+        for start in range(0, len(texts), _BATCH):
+            encodings = self._tokenizer.encode_batch_fast(
+                texts[start : start + _BATCH], add_special_tokens=add_special_tokens
+            )
+            lengths.extend(map(len, encodings))
+        return np.array(lengths, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Rows after the token limits, one entry per row asked about."""
+
+    prompts: list[str]  # cut where needed
+    tokens: np.ndarray  # prompt + answer + end of answer
+    fits: np.ndarray  # bool
+    cut: np.ndarray  # bool
+
+
+def fit(contract: TaskContract, table: pa.Table, answer_texts: list[str], counter: TokenCounter) -> Fitted:
+    """Apply the contract's token limits to rows without nulls.
+
+    Tokens of a row = tokens(prompt) + tokens(answer) + 1 for the end of answer; prompt and answer are tokenised apart.
+    With `too_long: truncate` the prompt's columns are cut to the greatest number of characters L with which the row
+    fits: only columns longer than L lose their end, so the longest is cut first; the template's words stay.
+    """
+    limits = contract.limits
+    prompts = rendered(contract.prompt, table).to_pylist()
+    answer_tokens = counter.answers(answer_texts)
+    tokens = counter.prompts(prompts) + answer_tokens + 1
+    answer_fits = answer_tokens <= limits.max_answer_tokens
+    fits = (tokens <= limits.max_tokens) & answer_fits
+    cut = np.zeros(len(prompts), dtype=bool)
+    if limits.too_long == "truncate":
+        rows = np.flatnonzero((tokens > limits.max_tokens) & answer_fits)
+        for row, prompt, length in _cut(contract, table, rows, limits.max_tokens - 1 - answer_tokens, counter):
+            prompts[row], tokens[row] = prompt, length + answer_tokens[row] + 1
+            fits[row] = cut[row] = True
+    return Fitted(prompts, tokens, fits, cut)
+
+
+def _cut(
+    contract: TaskContract, table: pa.Table, rows: np.ndarray, budgets: np.ndarray, counter: TokenCounter
+) -> Iterable[tuple[int, str, int]]:
+    """(row, cut prompt, its tokens) of each row that can be made to fit, by bisection on L for all rows at once."""
+    names = contract.prompt_columns
+    values = {name: table.column(name).take(pa.array(rows)).to_pylist() for name in names}
+    low = np.zeros(len(rows), dtype=np.int64)  # fits with this many characters (0: nothing found yet)
+    high = np.array([max(len(values[name][i]) for name in names) for i in range(len(rows))], dtype=np.int64)
+    best: dict[int, tuple[str, int]] = {}
+    while len(active := np.flatnonzero(high - low > 1)):
+        middle = (low[active] + high[active]) // 2
+        part = pa.Table.from_pylist(
+            [{name: values[name][i][:keep] for name in names} for i, keep in zip(active, middle, strict=True)]
+        )
+        prompts = rendered(contract.prompt, part).to_pylist()
+        lengths = counter.prompts(prompts)
+        for i, keep, prompt, length in zip(active, middle, prompts, lengths.tolist(), strict=True):
+            if length <= budgets[rows[i]]:
+                low[i], best[i] = keep, (prompt, length)
+            else:
+                high[i] = keep
+    text = contract.columns.text
+    for i, (prompt, length) in best.items():
+        if values[text][i][: low[i]].strip():
+            yield int(rows[i]), prompt, length

@@ -1,0 +1,155 @@
+"""Token shards: the clean rows of a task, tokenised once, as memory-mapped Arrow files named by the digest of their inputs.
+
+A shard's columns: row_id, prompt_ids and answer_ids (token ids; the end-of-answer token is not stored), label (index in the
+contract's labels, -1 for generation), reference (label name or reference text), text (the contract's text column).
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerFast
+
+from data_contracts import TaskContract
+from pipeline.data.batching import select_rows
+from pipeline.data.ingest import CleanTask
+from pipeline.files import canonical_json, sha256_text, write_atomic
+
+SHARD_FORMAT = 1
+datasets.disable_progress_bars()  # rank 0 prints one line a stage instead
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task ready for batches: the contract, one memory-mapped dataset a split, the label texts' tokens."""
+
+    contract: TaskContract
+    splits: dict[str, datasets.Dataset]
+    label_ids: tuple[tuple[int, ...], ...]  # tokens of each label's text, in the contract's order; () for generation
+    end_of_answer: int  # token that closes an answer
+    data_digests: dict[str, str]
+    counts: dict[str, dict[str, Any]]  # per split: rows_in, kept, rejected {reason: rows}
+    files: tuple[str, ...]  # names of the data files below their roots
+
+    @property
+    def task(self) -> str:
+        return self.contract.task
+
+    def rows(self, split: str, limit: int | None, seed: int) -> "RowView":
+        """At most `limit` rows of a split, drawn from (seed, task, split) alone."""
+        dataset = self.splits[split]
+        chosen = select_rows(len(dataset), limit, seed, f"{self.task}/{split}")
+        return RowView(dataset if len(chosen) == len(dataset) else dataset.select(chosen), self.end_of_answer)
+
+
+class RowView:
+    """Rows of a shard with their lengths at hand and their tokens on disk."""
+
+    def __init__(self, dataset: datasets.Dataset, end_of_answer: int) -> None:
+        self.dataset = dataset
+        self.end_of_answer = end_of_answer
+        columns = dataset.with_format("arrow")
+        self.prompt_lengths = _list_lengths(columns[:]["prompt_ids"])  # (rows,) tokens
+        self.answer_lengths = _list_lengths(columns[:]["answer_ids"]) + 1  # (rows,) tokens, end of answer included
+        self.lengths = self.prompt_lengths + self.answer_lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompt and answer token ids of the given rows."""
+        table = self.dataset[list(map(int, rows))]
+        return table["prompt_ids"], table["answer_ids"]
+
+    def column(self, name: str) -> list:
+        """A whole column."""
+        return list(self.dataset[name])
+
+
+def shard_digest(contract_digest: str, file_digests: dict[str, str], tokenizer_digest: str) -> str:
+    """Name of a shard folder: a digest over everything its content depends on."""
+    return sha256_text(
+        canonical_json([SHARD_FORMAT, contract_digest, file_digests, tokenizer_digest, datasets.__version__])
+    )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Digest of what the tokenizer does to a text."""
+    return sha256_text(tokenizer.backend_tokenizer.to_str())
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of prompts, with the beginning-of-sequence token where the tokenizer adds one, never an end token."""
+    encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+    end = tokenizer.eos_token_id
+    return [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of answers, tokenised apart from the prompt, no special tokens."""
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def write_shards(clean: CleanTask, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Tokenise a clean task into `folder`, which appears whole or not at all."""
+    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    labels = list(clean.contract.labels or {})
+    texts = list((clean.contract.labels or {}).values())
+    try:
+        for split, table in clean.splits.items():
+            references = table["answer"].to_pylist()
+            answers = [clean.contract.labels[name] for name in references] if labels else references
+            columns = {
+                "row_id": table["row_id"],
+                "prompt_ids": pa.array(prompt_tokens(tokenizer, table["prompt"].to_pylist()), pa.list_(pa.int32())),
+                "answer_ids": pa.array(answer_tokens(tokenizer, answers), pa.list_(pa.int32())),
+                "label": pa.array([labels.index(name) if labels else -1 for name in references], pa.int32()),
+                "reference": table["answer"],
+                "text": table["text"],
+            }
+            datasets.Dataset(pa.table(columns)).save_to_disk(str(beside / split))
+        meta = {
+            "label_ids": answer_tokens(tokenizer, texts) if texts else [],
+            "end_of_answer": tokenizer.eos_token_id,
+            "data_digests": clean.data_digests,
+            "counts": clean.verdict.to_dict()["splits"],
+            "files": sorted(clean.file_digests),
+        }
+        write_atomic(beside / "meta.json", canonical_json(meta).encode())
+        if folder.exists():
+            shutil.rmtree(beside)
+        else:
+            os.rename(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def open_shards(contract: TaskContract, folder: Path) -> PreparedTask:
+    """Memory-map a shard folder."""
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = {split: datasets.load_from_disk(str(folder / split)) for split in SPLITS}
+    label_ids = tuple(tuple(ids) for ids in meta["label_ids"])
+    return PreparedTask(
+        contract=contract,
+        splits=splits,
+        label_ids=label_ids,
+        end_of_answer=meta["end_of_answer"],
+        data_digests=meta["data_digests"],
+        counts=meta["counts"],
+        files=tuple(meta["files"]),
+    )
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.list_value_length(column).to_numpy()

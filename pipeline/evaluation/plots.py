@@ -1,0 +1,57 @@
+"""The accuracy matrix as a picture."""
+
+import io
+from pathlib import Path
+
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from pipeline.files import write_atomic
+
+_LARGEST_ANNOTATED = 20  # rows or columns; beyond, numbers would overlap and the colours alone are shown
+_LIGHT, _DARK = "#f2f6fb", "#10427a"
+_COLOURS = LinearSegmentedColormap.from_list("score", [_LIGHT, "#7fa8d6", _DARK])
+
+
+def heat_map(
+    tasks: list[str],
+    R: list[list[float | None]],
+    path_png: Path | str,
+    title: str,
+    row_names: list[str] | None = None,
+) -> None:
+    """Write R (scores in [0, 1]; a row an increment, a column a task, None = not evaluated) as an annotated heat map in
+    points of 100.
+
+    The colour scale is always 0 to 100, so that pictures can be compared. The same R gives the same bytes. `row_names`
+    default to the task each increment learned.
+    """
+    names = row_names or [f"{t}: {tasks[t - 1]}" for t in range(1, len(R) + 1)]
+    rows, columns = len(R), len(tasks)
+    figure = Figure(figsize=(3.0 + 1.1 * min(columns, 24), 2.0 + 0.6 * min(rows, 40)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    points = [[float("nan") if value is None else 100 * value for value in row] for row in R]
+    image = axes.imshow(points, cmap=_COLOURS, vmin=0, vmax=100, aspect="auto")
+    axes.set_facecolor("#e6e6e6")  # cells without a score
+    axes.set_xticks(range(columns), tasks, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(rows), names)
+    axes.set_xlabel("score on")
+    axes.set_ylabel("after increment")
+    axes.set_title(title)
+    axes.set_xticks([column - 0.5 for column in range(1, columns)], minor=True)
+    axes.set_yticks([row - 0.5 for row in range(1, rows)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    if max(rows, columns) <= _LARGEST_ANNOTATED:
+        for row, values in enumerate(points):
+            for column, value in enumerate(values):
+                known = value == value  # NaN is not itself
+                text = f"{value:.1f}" if known else "-"
+                axes.text(
+                    column, row, text, ha="center", va="center", color="white" if known and value > 55 else "black"
+                )
+    figure.colorbar(image, ax=axes, label="points of 100")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    write_atomic(path_png, png.getvalue())

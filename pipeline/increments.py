@@ -1,0 +1,67 @@
+"""What the chain says about the next increment. Functions of manifests (newest first) and the task at hand."""
+
+from typing import Literal
+
+from pipeline.data.tokens import PreparedTask
+from pipeline.files import canonical_json, sha256_text
+from pipeline.methods.protocol import Increment
+from pipeline.stages.job import Job
+from pipeline.tracking.chain import fold
+from pipeline.tracking.manifest import Manifest
+
+
+def standing(task: PreparedTask, chain: list[Manifest], learning_digest: str) -> Literal["new", "learned", "rejected"]:
+    """Whether this task with this contract and data is learned, was rejected with these very inputs, or is to be learned.
+
+    A new contract version or new data makes a known task new again; a changed learning configuration gives a rejected
+    one another try and leaves a learned one alone.
+    """
+    for manifest in chain:
+        if manifest.task != task.task:
+            continue
+        data = {split: record.digest for split, record in manifest.data.items()}
+        if manifest.contract.digest != task.contract.digest or data != task.data_digests:
+            return "new"
+        if manifest.verdict == "promoted":
+            return "learned"
+        if manifest.learning_digest == learning_digest:
+            return "rejected"
+    return "new"
+
+
+def next_increment(job: Job, task: str, chain: list[Manifest]) -> Increment:
+    """The increment that learns `task` next, with the method state it asks for. Collective."""
+    champion = fold(chain)
+    promoted = [manifest.task for manifest in reversed(chain) if manifest.verdict == "promoted"]
+    increment = Increment(
+        number=len(chain) + 1,
+        task=task,
+        seed=job.config.seed,
+        bundles=champion.bundles if champion else {},
+        states=champion.state if champion else {},
+        order=learned_order(promoted),
+    )
+    needed = {name: increment.states[name]["state"] for name in job.method.states_needed(increment)}
+    files = job.read_bank(list(needed.values()))
+    return increment.with_states({name: files[digest] for name, digest in needed.items()})
+
+
+def learned_order(promoted: list[str]) -> tuple[str, ...]:
+    """Tasks by their newest promoted increment, oldest first."""
+    return tuple(reversed(dict.fromkeys(reversed(promoted))))
+
+
+def champion_row(chain: list[Manifest]) -> dict[str, float]:
+    """Each task's score in the newest promoted increment that measured it."""
+    row: dict[str, float] = {}
+    for manifest in reversed(chain):
+        if manifest.verdict == "promoted":
+            row |= manifest.row
+    return row
+
+
+def inputs_key(job: Job, task: PreparedTask, chain: list[Manifest], backbone: dict[str, str]) -> str:
+    """Digest of everything an increment's result depends on, save placement: names its in-flight state and its run."""
+    parent = chain[0].sha256 if chain else None
+    parts = [parent, task.contract.digest, task.data_digests, job.learning_digest, backbone]
+    return sha256_text(canonical_json(parts))

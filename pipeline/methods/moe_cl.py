@@ -1,0 +1,172 @@
+"""`moe_cl`: a dedicated LoRA expert per task, one shared LoRA expert, a gate, an adversarial task discriminator.
+
+Source: arXiv 2509.18133; formulas and what is done differently: METHODS sections 1 and 2.
+
+Method state of a task (in the bank): per adapted layer the mean and variance of the pooled shared-expert output over its rows
+(the prototype, (L, D) each) and its row of the discriminator ((L, D) weight, (L,) bias), so that a later increment can pose
+the task as a class again without its data.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from pipeline.config import Section
+from pipeline.data.collate import MicroBatch
+from pipeline.experts.attach import ExpertPlan
+from pipeline.experts.discriminator import AdversaryStep, Negatives
+from pipeline.experts.dual_ffn import ExpertFFN
+from pipeline.experts.lora import LoraOptions
+from pipeline.files import sha256_text
+from pipeline.methods.protocol import Bundle, Increment, PlainLora, RetentionOptions, Tensors
+
+
+class AdversaryOptions(Section):
+    """The discriminator's game."""
+
+    weight: float = Field(0.1, ge=0)  # of its cross-entropy in the loss; 0 turns it off
+    outputs: int = Field(8, ge=2)  # the current task and at most outputs - 1 earlier ones, drawn by seed
+    negatives: Literal["none", "prototypes"] = "prototypes"  # what stands for the earlier tasks
+
+
+class LearningRates(Section):
+    """Learning rates; null takes training.learning_rate."""
+
+    shared: float | None = Field(None, gt=0)
+    dedicated: float | None = Field(None, gt=0)
+    gate: float | None = Field(None, gt=0)
+    discriminator: float | None = Field(None, gt=0)
+
+
+class Options(Section):
+    """Options of `moe_cl`."""
+
+    lora: LoraOptions = LoraOptions()
+    gate: Literal["per_task", "shared"] = "per_task"  # shared is the paper's
+    adversary: AdversaryOptions = AdversaryOptions()
+    retention: RetentionOptions = RetentionOptions()
+    learning_rates: LearningRates = LearningRates()
+
+
+class MoeCL(PlainLora):
+    """The method; one object serves all increments of a job."""
+
+    def __init__(self, options: Options) -> None:
+        self.num_discriminator_outputs = options.adversary.outputs if options.adversary.weight > 0 else 0
+        rates = options.learning_rates.model_dump()
+        plan = ExpertPlan(options.lora, ("shared", "dedicated"), self.num_discriminator_outputs, rates)
+        super().__init__(plan, options.retention)
+        self.options = options
+        self._increment: Increment | None = None
+        self._classes: tuple[str, ...] = ()  # tasks behind the discriminator's outputs; the current one is first
+        self._prototypes: tuple[torch.Tensor, torch.Tensor] | None = None  # mean, standard deviation (K, L, D)
+        self._pending: list[torch.Tensor] = []
+
+    def start(self, increment: Increment) -> dict[str, str | None]:
+        """Shared expert and gate go on from the latest increment, a known task from its own dedicated expert."""
+        latest = increment.bundles[increment.order[-1]] if increment.order else {}
+        own = increment.bundles.get(increment.task, {})
+        gate = own.get("gate") if self.options.gate == "per_task" else None
+        return {
+            "shared": latest.get("shared"),
+            "dedicated": own.get("dedicated"),
+            "gate": gate or latest.get("gate"),
+        }
+
+    def states_needed(self, increment: Increment) -> tuple[str, ...]:
+        """The earlier tasks that this increment's discriminator tells apart, drawn by seed."""
+        earlier = [task for task in increment.order if task != increment.task and increment.states.get(task)]
+        if not self.num_discriminator_outputs:
+            return ()
+        seed = int(sha256_text(f"discriminator/{increment.seed}/{increment.number}")[:15], 16)
+        drawn = torch.randperm(len(earlier), generator=torch.Generator().manual_seed(seed))
+        return tuple(earlier[i] for i in sorted(drawn[: self.num_discriminator_outputs - 1].tolist()))
+
+    def begin(self, increment: Increment, ffns: list[ExpertFFN], start: Tensors) -> None:
+        """Give each drawn task its discriminator row and prototype."""
+        self._increment = increment
+        self._classes = (increment.task, *increment.state_tensors)
+        self._prototypes = None
+        if len(self._classes) == 1:
+            return
+        states = list(increment.state_tensors.values())
+        for row, state in enumerate(states, start=1):
+            for ffn in ffns:
+                start[f"discriminator/{ffn.path}.discriminator.weight"][row] = state["discriminator_weight"][ffn.layer]
+                start[f"discriminator/{ffn.path}.discriminator.bias"][row] = state["discriminator_bias"][ffn.layer]
+        if self.options.adversary.negatives == "prototypes":
+            mean = torch.stack([state["prototype_mean"] for state in states])
+            variance = torch.stack([state["prototype_variance"] for state in states])
+            self._prototypes = mean, variance.clamp(min=0).sqrt()
+
+    def before_forward(self, ffns: list[ExpertFFN], batch: MicroBatch) -> None:
+        """Arm every layer with this micro-batch's side of the game; off while there is one class only."""
+        if len(self._classes) == 1:
+            return
+        sequences = batch.global_rows * (1 if self._prototypes is None else 2)
+        step = AdversaryStep(
+            token_mask=batch.attention_mask,
+            row_weight=batch.row_weight,
+            class_index=0,
+            num_classes=len(self._classes),
+            scale=self.options.adversary.weight * batch.world_size / (len(ffns) * sequences),
+            negatives=self._draw(batch),
+        )
+        self._pending = step.cross_entropy
+        for ffn in ffns:
+            ffn.adversary = step
+
+    def after_forward(self, ffns: list[ExpertFFN]) -> dict[str, float]:
+        """Disarm; the cross-entropy summed over this rank's sequences, averaged over layers."""
+        for ffn in ffns:
+            ffn.adversary = None
+        if not self._pending:
+            return {}
+        total = torch.stack(self._pending).sum().item() / len(ffns)
+        self._pending = []
+        return {"adversary": total if self._prototypes is None else total / 2}
+
+    def wants_pooled(self) -> bool:
+        return self.num_discriminator_outputs > 0
+
+    def state(self, pooled: tuple[torch.Tensor, torch.Tensor] | None, values: Tensors) -> Tensors:
+        """Prototype and discriminator row of the new task."""
+        if pooled is None:
+            return {}
+        weights = [value[0] for name, value in values.items() if name.endswith(".discriminator.weight")]
+        biases = [value[0] for name, value in values.items() if name.endswith(".discriminator.bias")]
+        return {
+            "prototype_mean": pooled[0],
+            "prototype_variance": pooled[1],
+            "discriminator_weight": torch.stack(weights),
+            "discriminator_bias": torch.stack(biases),
+        }
+
+    def published(self) -> tuple[str, ...]:
+        return (*self.roles, "gate")
+
+    def moved(self, old: Bundle, new: Bundle) -> Bundle | None:
+        """The shared expert moves on; the gate too where it is one for all (METHODS section 2)."""
+        moved = {**old, "shared": new["shared"]}
+        return {**moved, "gate": new["gate"]} if self.options.gate == "shared" else moved
+
+    def _draw(self, batch: MicroBatch) -> Negatives | None:
+        """One earlier task's pooled features for every row, from (seed, increment, step, row) alone."""
+        if self._prototypes is None:
+            return None
+        mean, deviation = self._prototypes
+        features, classes = [], []
+        for row in batch.places:
+            key = f"negatives/{self._increment.seed}/{self._increment.number}/{batch.step}/{row}"
+            generator = torch.Generator().manual_seed(int(sha256_text(key)[:15], 16))
+            drawn = int(torch.randint(len(mean), (1,), generator=generator))
+            noise = torch.randn(mean.shape[1:], generator=generator)
+            features.append(mean[drawn] + deviation[drawn] * noise)
+            classes.append(drawn + 1)
+        device = batch.input_ids.device
+        return Negatives(torch.stack(features, dim=1).to(device), torch.tensor(classes, device=device))
+
+
+def build(options: Options) -> MoeCL:
+    return MoeCL(options)

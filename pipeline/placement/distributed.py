@@ -1,0 +1,116 @@
+"""The process group of a job: started from the launcher's, SLURM's or no environment at all; small object exchanges."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops import __compatible_ops__
+
+from data_contracts.errors import UserError
+
+CPU_WORK_TIMEOUT = 24 * 3600  # seconds a rank may wait for others that validate or prepare data
+_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None  # gloo group for small objects and for waiting on CPU work, apart from the device collectives
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank (picklable, from our own processes only)."""
+        holder = [value]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(holder, src=0, group=self.control)
+        return holder[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """`work()` done on rank 0, its result on every rank; a UserError is raised on every rank alike."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Elementwise sum over the ranks, in fp64."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's tensors, on CPU, on every rank; the other ranks pass None."""
+        if self.size == 1:
+            return tensors or {}
+        shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in tensors.items()} if tensors is not None else None)
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
+            torch.distributed.broadcast(tensor, src=0, group=self.control)
+            received[name] = tensor
+        return received
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            torch.distributed.barrier(group=self.control)
+
+
+def start_world(timeout_seconds: int = 1800) -> World:
+    """Join the job's process group; without a launcher this is a world of one.
+
+    Backend and device come from DeepSpeed's accelerator (nccl on CUDA, gloo on CPU).
+    """
+    for name, slurm in _SLURM.items():
+        if name not in os.environ and slurm in os.environ and "SLURM_NTASKS" in os.environ:
+            os.environ[name] = os.environ[slurm]
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, default)
+    os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
+    # DeepSpeed 0.19 still calls collectives by names that torch 2.13 calls old
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    # DeepSpeed would compile a shared-memory op for CPU ranks; training is the same to the bit without it
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
+    )
+    size = dist.get_world_size()
+    control = None
+    if size > 1:
+        control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=CPU_WORK_TIMEOUT))
+    return World(dist.get_rank(), size, torch.device(accelerator.current_device_name()), control)

@@ -1,0 +1,74 @@
+"""What a run prints at its start and at its end."""
+
+import json
+from pathlib import Path
+
+from pipeline.config import StreamConfig
+from pipeline.data.batching import num_steps
+from pipeline.data.tokens import PreparedTask
+from pipeline.evaluation import matrix
+from pipeline.placement.distributed import World
+from pipeline.placement.learner import Learner
+from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.matrix_rows import matrix_of
+from pipeline.tracking.mlflow_log import how_to_open
+
+
+def print_start(
+    config: StreamConfig, world: World, learner: Learner, prepared: dict[str, PreparedTask], chain: list[Manifest]
+) -> None:
+    """The resolved configuration, the derived numbers and what was inherited; once, on rank 0."""
+    print(json.dumps(config.model_dump(mode="json"), indent=1))
+    training = config.training
+    counts = {name: sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in part.values())
+              for name, part in learner.components.items()}
+    print(f"world size {world.size} on {world.device}, ZeRO {config.deepspeed}, batch {training.batch_size} rows")
+    print("trainable parameters: " + (", ".join(f"{name} {n:,}" for name, n in counts.items()) or "none"))
+    for name, task in prepared.items():
+        rows = min(len(task.splits["train"]), config.rows.train or 10**12)
+        steps = num_steps(rows, training.epochs, training.batch_size)
+        print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps")
+    inherited = ", ".join(f"{m.increment} {m.task} ({m.verdict})" for m in reversed(chain))
+    print(f"inherited increments: {inherited or 'none'}", flush=True)
+
+
+def final_report(config: StreamConfig, chain: list[Manifest], tracking_uri: str) -> None:
+    """The accuracy matrix with the baselines, the continual-learning metrics, and where everything is."""
+    promoted = [manifest for manifest in reversed(chain) if manifest.verdict == "promoted"]
+    if not promoted:
+        print("no increment was promoted yet")
+        return
+    folders = [config.work_path() / "increments" / manifest.folder for manifest in promoted]
+    tasks, rows, names = matrix_of((manifest.task, manifest.row) for manifest in promoted)
+    print(f"\n{config.method['name']} on stream {config.stream}: test scores after each increment\n")
+    print(matrix.render_table(tasks, rows, baseline_rows(folders), names))
+    print()
+    for line in metric_lines(promoted):
+        print(line)
+    print(f"heat map     {folders[-1] / 'report.png'}")
+    print(f"MLflow       {tracking_uri}")
+    print(f"  open it:   {how_to_open(tracking_uri)}", flush=True)
+
+
+def metric_lines(promoted: list[Manifest]) -> list[str]:
+    """ACC, BWT and forgetting on test, BWT on validation, from the chain's promoted increments, oldest first."""
+    _, test, _ = matrix_of((manifest.task, manifest.row) for manifest in promoted)
+    _, validation, _ = matrix_of((manifest.task, manifest.validation_row) for manifest in promoted)
+    last = len(test)
+    if any(test[t][i] is None or validation[t][i] is None for t in range(last) for i in range(t + 1)):
+        return ["ACC, BWT    not defined: an earlier task was not measured in every increment"]
+    lines = [f"ACC          {100 * matrix.acc(test):.2f}"]
+    if last > 1:
+        lines.append(f"BWT          {100 * matrix.bwt(test, last):+.2f} on test, {100 * matrix.bwt(validation, last):+.2f} on validation")
+        lines.append("forgetting   " + ", ".join(f"{100 * value:.2f}" for value in matrix.forgetting(test)))
+    return lines
+
+
+def baseline_rows(folders: list[Path]) -> dict[str, dict[str, float]]:
+    """{baseline: {task: score}} as the increments recorded them."""
+    rows: dict[str, dict[str, float]] = {}
+    for folder in folders:
+        record = json.loads((folder / "row.json").read_text())
+        for name, score in record["baselines"].items():
+            rows.setdefault(name, {})[record["task"]] = score
+    return rows

@@ -1,0 +1,59 @@
+"""What the stages of a job share: configuration, world, model, bank, tracker. Built once, handed to every stage."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.config import StreamConfig
+from pipeline.experts.bank import Bank
+from pipeline.files import canonical_json, sha256_text
+from pipeline.methods.protocol import Bundle, Method
+from pipeline.placement.distributed import World
+from pipeline.placement.learner import Learner
+
+
+@dataclass
+class Job:
+    """The running job on this rank. `loaded` remembers which bank file fills which slots."""
+
+    config: StreamConfig
+    world: World
+    work_dir: Path
+    method: Method
+    tokenizer: PreTrainedTokenizerFast
+    learner: Learner
+    bank: Bank
+    loaded: Bundle
+
+    @property
+    def inflight(self) -> Path:
+        """Folder of the running increment."""
+        return self.work_dir / "inflight"
+
+    @property
+    def learning_digest(self) -> str:
+        """Digest of everything in the configuration that decides the learned numbers."""
+        return sha256_text(canonical_json(self.config.learning()))
+
+    def read_bank(self, digests: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors of bank files, verified, on every rank: read by rank 0, then broadcast. Collective."""
+        tensors = {}
+        for digest in dict.fromkeys(digests):
+            # the first call raises a damaged file's UserError on every rank; the tensors travel as tensors
+            self.world.on_main(lambda digest=digest: self.bank.verify(digest))
+            own = self.bank.get(digest) if self.world.is_main else None
+            tensors[digest] = self.world.broadcast_tensors(own)
+        return tensors
+
+    def serve(self, bundle: Bundle) -> None:
+        """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone. Collective."""
+        missing = {component: digest for component, digest in bundle.items() if self.loaded.get(component) != digest}
+        files = self.read_bank(list(missing.values()))
+        self.learner.fill(
+            {f"{component}/{name}": t for component, digest in missing.items() for name, t in files[digest].items()}
+        )
+        self.loaded.update(missing)
+        roles = self.method.plan.roles if self.method.plan else ()
+        self.learner.set_active(tuple(role for role in roles if role in bundle))

@@ -1,0 +1,148 @@
+"""Stage 6: stage the increment's files, publish them into the chain, tell MLflow."""
+
+import io
+import shutil
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.tokens import PreparedTask
+from pipeline.evaluation.plots import heat_map
+from pipeline.files import canonical_json, sha256_file, write_atomic
+from pipeline.methods.protocol import Increment
+from pipeline.stages.evaluate import Evaluated
+from pipeline.stages.gate import Verdict
+from pipeline.stages.job import Job
+from pipeline.stages.train import Trained
+from pipeline.tracking.chain import publish
+from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.matrix_rows import matrix_of
+from pipeline.tracking.versions import code_digest, library_versions
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the record needs beside the results."""
+
+    chain: list[Manifest]  # newest first
+    backbone: dict[str, str]  # digest, model_type, dtype
+    inputs_key: str
+    run_id: str
+    started: str  # ISO time
+    user: str
+
+
+def register(
+    job: Job,
+    increment: Increment,
+    prepared: PreparedTask,
+    trained: Trained,
+    evaluated: Evaluated,
+    verdict: Verdict,
+    context: Context,
+) -> Manifest:
+    """Publish one increment, promoted or rejected. Rank 0 only. At any kill the old or the new champion stands whole."""
+    staged = job.inflight / f"publish-{increment.number}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    stage_files(staged, job, increment, prepared, evaluated, verdict, context)
+    files = {
+        path.relative_to(staged).as_posix(): sha256_file(path) for path in sorted(staged.rglob("*")) if path.is_file()
+    }
+    manifest = Manifest(
+        increment=increment.number,
+        task=increment.task,
+        parent=context.chain[0].sha256 if context.chain else None,
+        contract={
+            "version": prepared.contract.version,
+            "digest": prepared.contract.digest,
+            "labels": prepared.contract.labels,
+            "prompt": prepared.contract.prompt,
+        },
+        data={split: data_record(prepared, split) for split in prepared.splits},
+        learning=job.config.learning(),
+        learning_digest=job.learning_digest,
+        training={"steps": trained.steps, "rows_consumed": trained.rows_consumed},
+        backbone=context.backbone,
+        method=job.config.method["name"],
+        verdict="promoted" if verdict.promoted else "rejected",
+        bundles=evaluated.bundles if verdict.promoted else {},
+        bank=trained.bundle | trained.state,
+        state=trained.state if verdict.promoted else {},
+        row=evaluated.row,
+        validation_row=evaluated.validation_row,
+        files=files,
+        gate=verdict.to_dict() | {"retention": evaluated.retention},
+        versions=library_versions() | {"code": code_digest()},
+    )
+    write_atomic(staged / "run.json", canonical_json(run_record(job, trained, context)).encode())
+    publish(job.work_dir, staged, manifest)
+    return manifest
+
+
+def stage_files(
+    folder: Path,
+    job: Job,
+    increment: Increment,
+    prepared: PreparedTask,
+    evaluated: Evaluated,
+    verdict: Verdict,
+    context: Context,
+) -> None:
+    """Every file of the increment but manifest.json and run.json: row, contract, predictions, heat map."""
+    row = {
+        "increment": increment.number,
+        "task": increment.task,
+        "test": evaluated.row,
+        "validation": evaluated.validation_row,
+        "baselines": evaluated.baselines,
+        "retention": evaluated.retention,
+    }
+    write_atomic(folder / "row.json", canonical_json(row).encode())
+    write_atomic(folder / "contract.json", canonical_json(prepared.contract.model_dump(mode="json", by_alias=True)).encode())
+    for task, table in evaluated.predictions.items():
+        write_atomic(folder / "predictions" / f"{task}.parquet", parquet_bytes(table))
+    learned = [(m.task, m.row) for m in reversed(context.chain) if m.verdict == "promoted"]
+    tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)])
+    title = f"{job.config.stream}: {job.config.method['name']} after increment {increment.number}"
+    heat_map(tasks, rows, folder / "report.png", title if verdict.promoted else f"{title} (rejected)", names)
+
+
+def data_record(prepared: PreparedTask, split: str) -> dict[str, Any]:
+    """The manifest's account of one split."""
+    counts = prepared.counts[split]
+    return {
+        "digest": prepared.data_digests[split],
+        "rows_in": counts["rows_in"],
+        "kept": counts["kept"],
+        "rejected": counts["rejected"],
+    }
+
+
+def run_record(job: Job, trained: Trained, context: Context) -> dict[str, Any]:
+    """run.json: what differs between runs of the same learning. Outside the chain."""
+    return {
+        "started": context.started,
+        "published": datetime.now(UTC).isoformat(timespec="seconds"),
+        "user": context.user,
+        "host": socket.gethostname(),
+        "work_dir": str(job.work_dir),
+        "world_size": job.world.size,
+        "device": str(job.world.device),
+        "deepspeed": job.config.deepspeed,
+        "continuations": trained.continuations,
+        "inputs_key": context.inputs_key,
+        "mlflow_run_id": context.run_id,
+    }
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a parquet file; the same table gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()

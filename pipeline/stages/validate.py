@@ -1,0 +1,60 @@
+"""Stage 1: a contract and its files become clean rows, or a verdict that says why not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from data_contracts import TaskContract, UserError, load_contract
+from data_contracts.contract import refuse_silent_change
+from pipeline.config import StreamConfig
+from pipeline.data.ingest import CleanTask, ingest, source_digests
+from pipeline.data.tokens import shard_digest, tokenizer_digest
+from pipeline.tracking.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ValidatedTask:
+    """A contract with the name of its token shards; `clean` is None where the shards of these very inputs exist already."""
+
+    contract: TaskContract
+    shards: Path
+    clean: CleanTask | None
+
+
+def validate(
+    contract_path: str, config: StreamConfig, tokenizer: PreTrainedTokenizerFast, chain: list[Manifest]
+) -> ValidatedTask:
+    """Check one contract and its data.
+
+    Raises UserError for a contract or data that cannot be used, rejected rows past the contract's limit (quarantine and counts
+    are written by then), or labels or prompt that changed under a version learned before.
+    """
+    contract = load_contract(contract_path)
+    for manifest in chain:  # newest first
+        if manifest.task == contract.task:
+            learned = manifest.contract
+            refuse_silent_change(
+                contract,
+                version=learned.version,
+                labels=learned.labels,
+                prompt=learned.prompt,
+                learned_as=f"increment {manifest.increment}",
+            )
+    roots = list(config.data_roots)
+    digest = shard_digest(contract.digest, source_digests(contract, roots), tokenizer_digest(tokenizer))
+    work_dir = config.work_path()
+    shards = work_dir / "prepared" / contract.task / digest
+    if (shards / "meta.json").is_file():
+        return ValidatedTask(contract, shards, None)
+    clean = ingest(contract, roots, tokenizer=tokenizer, quarantine_dir=work_dir / "quarantine")
+    return ValidatedTask(contract, shards, clean)
+
+
+def check_task_names(contracts: list[TaskContract]) -> None:
+    """Raise UserError when two contracts of a stream carry the same task name."""
+    seen: set[str] = set()
+    for contract in contracts:
+        if contract.task in seen:
+            raise UserError(f"two contracts of the stream name the task '{contract.task}'; give each its own name")
+        seen.add(contract.task)

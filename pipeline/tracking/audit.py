@@ -1,0 +1,195 @@
+"""The audit: is everything published still what it was? Chain, files, bank, champion, MLflow, each against the others.
+
+Nothing stops it: what cannot be read is a finding, and the rest is checked on. It cannot see a change made to the
+work_dir and to MLflow together, consistently.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_contracts.errors import UserError
+from pipeline.experts.bank import Bank
+from pipeline.files import sha256_bytes
+from pipeline.tracking import chain
+from pipeline.tracking.audit_mlflow import mlflow_findings
+from pipeline.tracking.finding import Finding
+from pipeline.tracking.manifest import MANIFEST, Manifest, parse_manifest
+from pipeline.tracking.mlflow_log import Tracker
+from pipeline.tracking.registry import Registry
+
+
+@dataclass(frozen=True)
+class Link:
+    """An increment folder as found: number, sha256 of the manifest's bytes, the manifest if readable, what is wrong."""
+
+    number: int
+    folder: Path
+    sha256: str | None
+    manifest: Manifest | None
+    problem: str | None
+
+    @property
+    def name(self) -> str:
+        """How findings call the increment."""
+        return f"{chain.INCREMENTS}/{self.folder.name}"
+
+
+def audit(work_dir: Path | str, tracker: Tracker | Registry | None = None) -> list[Finding]:
+    """Check everything a work_dir has published and, when a tracker or registry is given, MLflow's account of it.
+
+    Raises UserError only when nothing was ever published there (neither champion.json nor an increment).
+    """
+    work_dir = Path(work_dir)
+    links = read_links(work_dir)
+    champion, findings = _read_champion(work_dir, links)
+    findings += _stray_findings(work_dir, links)
+    findings += _chain_findings(links, champion)
+    for link in links:
+        findings += _file_findings(link)
+    chained = _chained(links, champion)
+    findings += _champion_findings(chained, champion)
+    findings += _bank_findings(work_dir, links, champion)
+    if tracker is not None:
+        registry = tracker.registry if isinstance(tracker, Tracker) else tracker
+        findings += mlflow_findings(registry, chained)
+    return findings
+
+
+def read_links(work_dir: Path | str) -> list[Link]:
+    """Every increment folder in order, readable or not."""
+    return [_read_link(number, folder) for number, folder in chain.increment_folders(work_dir)]
+
+
+def _read_link(number: int, folder: Path) -> Link:
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return Link(number, folder, None, None, f"{MANIFEST} cannot be read ({error.strerror})")
+    try:
+        manifest = parse_manifest(data, MANIFEST)
+    except UserError as error:
+        return Link(number, folder, sha256_bytes(data), None, str(error))
+    problem = None if manifest.folder == folder.name else f"the folder holds the manifest of {manifest.folder}"
+    return Link(number, folder, sha256_bytes(data), manifest, problem)
+
+
+def _read_champion(work_dir: Path, links: list[Link]) -> tuple[chain.Champion | None, list[Finding]]:
+    try:
+        champion = chain.read_champion(work_dir)
+    except UserError as error:
+        return None, [Finding(chain.CHAMPION, False, str(error))]
+    if champion is None and not links:
+        raise UserError(
+            f"{work_dir}: no champion was published here; name the work_dir of a stream that learned a task"
+        )
+    if champion is None:
+        return None, [Finding(chain.CHAMPION, False, "missing, though increments were published")]
+    return champion, []
+
+
+def _stray_findings(work_dir: Path, links: list[Link]) -> Iterator[Finding]:
+    """Whatever stands among the increments and is none."""
+    root = work_dir / chain.INCREMENTS
+    known = {link.folder.name for link in links}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path.name not in known:
+            yield Finding(f"{chain.INCREMENTS}/{path.name}", False, "is not an increment's folder")
+
+
+def _chain_findings(links: list[Link], champion: chain.Champion | None) -> Iterator[Finding]:
+    """Each manifest against the digest that the next one, or champion.json, names it by."""
+    numbers = [link.number for link in links]
+    for number in range(1, max(numbers, default=0) + 1):
+        if numbers.count(number) != 1:
+            names = ", ".join(link.folder.name for link in links if link.number == number) or "no folder"
+            yield Finding(f"increment {number}", False, f"one folder is expected, there is {names}")
+    for link in links:
+        if link.problem:
+            yield Finding(f"{link.name}/{MANIFEST}", False, link.problem)
+    head = next((link for link in links if champion and link.sha256 == champion.head), None)
+    for link in links:
+        children = [other for other in links if other.number == link.number + 1 and other.manifest]
+        named = [(child.manifest.parent, child.name) for child in children]
+        if champion and link is (head or links[-1]):
+            named.append((champion.head, chain.CHAMPION))
+        wrong = [(sha, who) for sha, who in named if sha != link.sha256]
+        for sha, who in wrong:
+            yield Finding(f"{link.name}/{MANIFEST}", False, f"hashes to {link.sha256}, but {who} names {sha}")
+        if head is not None and link.number > head.number:
+            detail = f"{chain.CHAMPION} ends at increment {head.number}: this folder was left over by a killed publish"
+            yield Finding(link.name, False, f"{detail} (the next launch removes it), or {chain.CHAMPION} was set back")
+        elif named and not wrong and not link.problem:
+            yield Finding(f"{link.name}/{MANIFEST}", True, f"sha256 {link.sha256[:12]} as {named[0][1]} names it")
+
+
+def _file_findings(link: Link) -> Iterator[Finding]:
+    """Every file of an increment's folder against its manifest."""
+    if link.manifest is None:
+        yield Finding(f"{link.name} files", False, "cannot be checked without a readable manifest")
+        return
+    problems = chain.folder_problems(link.folder, link.manifest)
+    for problem in problems:
+        yield Finding(f"{link.name} files", False, problem)
+    if not problems:
+        yield Finding(f"{link.name} files", True, f"{len(link.manifest.files)} files, digests agree")
+
+
+def _chained(links: list[Link], champion: chain.Champion | None) -> list[Manifest]:
+    """The readable manifests up to the head; all of them when the head is not known."""
+    readable = [link.manifest for link in links if link.manifest]
+    head = next((manifest.increment for manifest in readable if champion and manifest.sha256 == champion.head), None)
+    return [manifest for manifest in readable if head is None or manifest.increment <= head]
+
+
+def _champion_findings(chained: list[Manifest], champion: chain.Champion | None) -> Iterator[Finding]:
+    """champion.json against the fold of the chain, and its bundles against what increments published."""
+    if champion is None:
+        return
+    if not chained or len(chained) != max(manifest.increment for manifest in chained):
+        yield Finding(chain.CHAMPION, False, "cannot be recomputed: a manifest of the chain is missing or unreadable")
+    else:
+        differences = chain.champion_differences(champion, chain.fold(chained))
+        for difference in differences:
+            yield Finding(chain.CHAMPION, False, difference)
+        if not differences:
+            yield Finding(chain.CHAMPION, True, f"is the fold of {len(chained)} increments")
+    published = {sha for manifest in chained for sha in manifest.bank.values()}
+    for task, bundle in sorted(champion.bundles.items()):
+        foreign = [f"{role} {sha}" for role, sha in sorted(bundle.items()) if sha not in published]
+        for entry in foreign:
+            yield Finding(f"bundle of {task}", False, f"{entry} was put into the bank by no increment")
+        if not foreign:
+            yield Finding(f"bundle of {task}", True, ", ".join(f"{r} {sha[:12]}" for r, sha in sorted(bundle.items())))
+
+
+def _bank_findings(work_dir: Path, links: list[Link], champion: chain.Champion | None) -> Iterator[Finding]:
+    """Every bank file that is there, and every one that a manifest or champion.json names."""
+    bank = Bank(work_dir / "bank")
+    named = {sha for link in links if link.manifest for sha in _digests(link.manifest)}
+    if champion:
+        named |= {
+            sha for table in (champion.bundles, champion.state) for roles in table.values() for sha in roles.values()
+        }
+    present = set(bank.digests())
+    damaged = 0
+    for sha in sorted(named | present):
+        try:
+            bank.verify(sha)
+        except UserError as error:
+            damaged += 1
+            yield Finding(f"bank/{sha}.safetensors", False, str(error))
+    if not damaged:
+        spare = len(present - named)
+        detail = f"{len(named)} files, digests agree" + (f"; {spare} more belong to no increment" if spare else "")
+        yield Finding("bank", True, detail)
+    known = {bank.path(sha).name for sha in present}
+    for path in sorted(bank.root.iterdir()) if bank.root.is_dir() else []:
+        if path.name not in known and not path.name.endswith(".tmp"):
+            yield Finding(f"bank/{path.name}", False, "not a bank file: it is not named by a digest")
+
+
+def _digests(manifest: Manifest) -> Iterator[str]:
+    for roles in (*manifest.bundles.values(), manifest.bank, manifest.state):
+        yield from roles.values()

@@ -1,0 +1,262 @@
+"""The hash chain of increments and the transaction that publishes one.
+
+    <work_dir>/increments/0001-<task>/manifest.json   each names its parent's sha256 <work_dir>/champion.json
+    the head's sha256 and the table of all bundles; replaced by rename
+
+The head is the newest manifest, promoted or rejected; the table is the fold of the chain. Until champion.json is
+replaced, as the last act of publishing, the old champion stands whole; an increment folder that the head does not
+reach is what a killed publish left over.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from data_contracts.errors import UserError
+from pipeline.config import describe
+from pipeline.experts.bank import Bank
+from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file, write_atomic
+from pipeline.tracking.manifest import MANIFEST, RUN, Manifest, Record, RoleName, Sha256, TaskName, parse_manifest
+
+CHAMPION = "champion.json"
+INCREMENTS = "increments"
+_FOLDER = re.compile(r"(\d{4,})-([a-z][a-z0-9_]{0,62})")
+
+
+class Champion(Record):
+    """What is served: the chain's head and, by task, the newest promoted bundle and method state."""
+
+    format: Literal[1] = 1
+    head: Sha256  # sha256 of the newest manifest, rejected ones included
+    increment: int = Field(ge=0)  # number of the newest promoted increment; 0 = none yet
+    bundles: dict[TaskName, dict[RoleName, Sha256]]
+    state: dict[TaskName, dict[RoleName, Sha256]]
+
+    def to_bytes(self) -> bytes:
+        """The file's content: canonical JSON in UTF-8."""
+        return canonical_json(self.model_dump(mode="json")).encode("utf-8")
+
+
+def read_champion(work_dir: Path | str) -> Champion | None:
+    """The champion of a work_dir, None when nothing was published. Raises UserError when champion.json is damaged."""
+    path = Path(work_dir) / CHAMPION
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+    try:
+        champion = Champion.model_validate_json(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: not a valid champion file ({describe(error)}); restore it from a backup") from error
+    if champion.to_bytes() != data:
+        raise UserError(f"{path}: not in the form it was written in; restore it from a backup")
+    return champion
+
+
+def load_chain(work_dir: Path | str) -> list[Manifest]:
+    """All manifests from the head back to the first; empty when nothing was published.
+
+    Every manifest is re-hashed against the digest that names it, and champion.json against the fold of the chain.
+    Raises UserError naming what differs.
+    """
+    champion = read_champion(work_dir)
+    if champion is None:
+        return []
+    folders = list(increment_folders(work_dir))
+    manifests = [_find(work_dir, folders, champion.head, f"{CHAMPION} names as the head")]
+    by_number = {number: list(entries) for number, entries in groupby(folders, key=itemgetter(0))}
+    while manifests[-1].parent is not None:
+        child = manifests[-1]
+        candidates = by_number.get(child.increment - 1, [])
+        manifests.append(_find(work_dir, candidates, child.parent, f"increment {child.increment} names as its parent"))
+    folded = fold(manifests)
+    if folded != champion:
+        differences = "; ".join(champion_differences(champion, folded))
+        raise UserError(f"{Path(work_dir) / CHAMPION}: {differences}; restore it from a backup")
+    return manifests
+
+
+def head_manifest(work_dir: Path | str, champion: Champion) -> Manifest:
+    """The chain's newest manifest, verified, without a walk of the chain. Raises UserError when missing or altered."""
+    return _find(work_dir, list(increment_folders(work_dir)), champion.head, f"{CHAMPION} names as the head")
+
+
+def fold(manifests: Iterable[Manifest]) -> Champion | None:
+    """The champion that a chain of manifests, in any order, leads to; None for no manifest."""
+    return reduce(advance, sorted(manifests, key=lambda manifest: manifest.increment), None)
+
+
+def advance(champion: Champion | None, manifest: Manifest) -> Champion:
+    """The champion after one more increment: the head moves always; bundles and state only with a promotion."""
+    before = champion or Champion(head=manifest.sha256, increment=0, bundles={}, state={})
+    if manifest.verdict == "rejected":
+        return before.model_copy(update={"head": manifest.sha256})
+    others = {task: state for task, state in before.state.items() if task != manifest.task}
+    return Champion(
+        head=manifest.sha256,
+        increment=manifest.increment,
+        bundles=before.bundles | manifest.bundles,
+        state=others | ({manifest.task: manifest.state} if manifest.state else {}),
+    )
+
+
+def champion_differences(found: Champion, expected: Champion) -> list[str]:
+    """One sentence for each field and each role in which a champion file differs from the fold of its chain."""
+    differences = []
+    for field in ("head", "increment"):
+        if getattr(found, field) != getattr(expected, field):
+            differences.append(f"{field} is {getattr(found, field)}, the chain says {getattr(expected, field)}")
+    for field in ("bundles", "state"):
+        ours, chains = _flat(getattr(found, field)), _flat(getattr(expected, field))
+        differences += [
+            f"{field} {name} is {ours.get(name)}, the chain says {chains.get(name)}"
+            for name in sorted(ours.keys() | chains.keys())
+            if ours.get(name) != chains.get(name)
+        ]
+    return differences
+
+
+def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) -> Champion:
+    """Publish an increment whose files stand in `staged_dir` and whose tensors are in the bank.
+
+    `staged_dir` lies below <work_dir>/inflight. Everything is verified and made durable first; then the folder is
+    renamed into the chain; then champion.json is replaced. A kill at any moment leaves the old champion or the new
+    one, whole. Publishing the head again changes nothing. manifest.json is written here, run.json may stand beside
+    it. Raises UserError when a staged file or bank file is missing, altered or not named by the manifest, or when
+    the manifest does not follow the head.
+    """
+    work_dir, staged_dir = Path(work_dir), Path(staged_dir)
+    champion = read_champion(work_dir)
+    if champion is not None and champion.head == manifest.sha256:
+        return champion
+    _check_follows(work_dir, champion, manifest)
+    bank = Bank(work_dir / "bank")
+    named = [*manifest.bundles.values(), manifest.bank, manifest.state]
+    for sha in sorted({sha for digests in named for sha in digests.values()}):
+        bank.verify(sha)
+    if not (staged_dir / MANIFEST).exists():
+        write_atomic(staged_dir / MANIFEST, manifest.to_bytes())
+    problems = folder_problems(staged_dir, manifest)
+    if problems:
+        raise UserError(
+            f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
+        )
+    _make_durable(staged_dir)
+
+    clean_left_overs(work_dir)
+    increments = work_dir / INCREMENTS
+    increments.mkdir(exist_ok=True)
+    fsync_dir(work_dir)
+    os.rename(staged_dir, increments / manifest.folder)
+    fsync_dir(increments)
+    after = advance(champion, manifest)
+    write_atomic(work_dir / CHAMPION, after.to_bytes())
+    return after
+
+
+def folder_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """One sentence for each file of an increment's folder that is missing, altered, or not named by its manifest."""
+    expected = {**manifest.files, MANIFEST: manifest.sha256}
+    problems = []
+    for name, sha in sorted(expected.items()):
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{name} is missing")
+            continue
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if found != sha:
+            problems.append(f"{name} was altered: it hashes to {found[:12]}..., the manifest says {sha[:12]}...")
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    problems += [f"{name} is not named by the manifest" for name in sorted(present - expected.keys() - {RUN})]
+    return problems
+
+
+def clean_left_overs(work_dir: Path | str) -> list[str]:
+    """Remove what a killed publish left (an increment folder after the head, half-written files); returns the names.
+
+    Raises UserError, removing nothing, when the folders beyond the head are not such a left-over: champion.json was
+    then lost or set back, and removing them would destroy published work.
+    """
+    work_dir = Path(work_dir)
+    champion = read_champion(work_dir)
+    head = 0 if champion is None else head_manifest(work_dir, champion).increment
+    beyond = [(number, folder) for number, folder in increment_folders(work_dir) if number > head]
+    if len(beyond) > 1 or any(number != head + 1 for number, _ in beyond):
+        raise UserError(
+            f"{work_dir / CHAMPION}: {'missing' if champion is None else f'its head is increment {head}'}, but "
+            f"{INCREMENTS}/ holds {', '.join(folder.name for _, folder in beyond)}; restore {CHAMPION} from a backup, "
+            "or move these folders away"
+        )
+    left_over = [folder for _, folder in beyond]
+    for folder in left_over:
+        shutil.rmtree(folder)
+    half_written = [path for folder in (work_dir, work_dir / "bank") for path in folder.glob(".*.tmp")]
+    for path in half_written:
+        path.unlink(missing_ok=True)
+    return sorted(path.relative_to(work_dir).as_posix() for path in left_over + half_written)
+
+
+def increment_folders(work_dir: Path | str) -> Iterator[tuple[int, Path]]:
+    """Number and path of every folder in increments/ that is named like an increment, in order."""
+    root = Path(work_dir) / INCREMENTS
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    matches = [match for name in names if (match := _FOLDER.fullmatch(name)) and (root / name).is_dir()]
+    yield from sorted((int(match[1]), root / match[0]) for match in matches)
+
+
+def _check_follows(work_dir: Path, champion: Champion | None, manifest: Manifest) -> None:
+    number = 0 if champion is None else head_manifest(work_dir, champion).increment
+    parent = None if champion is None else champion.head
+    if (manifest.increment, manifest.parent) != (number + 1, parent):
+        raise UserError(
+            f"{work_dir}: increment {manifest.increment} does not follow the chain's head, which is increment "
+            f"{number}; another run has published meanwhile: start this one again"
+        )
+
+
+def _find(work_dir: Path | str, folders: list[tuple[int, Path]], sha: str, who: str) -> Manifest:
+    """The manifest with digest `sha` among numbered folders, newest first."""
+    for number, folder in reversed(folders):
+        path = folder / MANIFEST
+        data = path.read_bytes() if path.is_file() else b""
+        if sha256_bytes(data) != sha:
+            continue
+        manifest = parse_manifest(data, path)
+        if (folder.name, number) != (manifest.folder, manifest.increment):
+            raise UserError(f"{folder}: this folder holds the manifest of {manifest.folder}; give it that name back")
+        return manifest
+    where = folders[-1][1] / MANIFEST if folders else Path(work_dir) / INCREMENTS
+    raise UserError(f"{where}: the manifest {sha[:12]}... that {who} is missing or altered; restore it from a backup")
+
+
+def _flat(table: dict[str, dict[str, str]]) -> dict[str, str]:
+    """{task: {role: sha}} as {"task role": sha}; a task without roles shows as "task"."""
+    return {
+        f"{task} {role}".strip(): sha for task, roles in table.items() for role, sha in (roles or {"": "empty"}).items()
+    }
+
+
+def _make_durable(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and its parent."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        if path.is_dir():
+            fsync_dir(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

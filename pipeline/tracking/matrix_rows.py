@@ -1,0 +1,20 @@
+"""The accuracy matrix R as the chain tells it."""
+
+from collections.abc import Iterable, Mapping
+
+
+def matrix_of(
+    learned: Iterable[tuple[str, Mapping[str, float]]],
+) -> tuple[list[str], list[list[float | None]], list[str]]:
+    """Tasks, R and row names from (task, row of R) of each promoted increment, oldest first.
+
+    A task learned again counts with its newest increment, so that R has one row and one column for each task, in the order of
+    learning; None where a task was not evaluated.
+    """
+    newest: dict[str, tuple[int, Mapping[str, float]]] = {}
+    for number, (task, row) in enumerate(learned, start=1):
+        newest.pop(task, None)
+        newest[task] = (number, row)
+    tasks = list(newest)
+    rows = [[row.get(name) for name in tasks] for _, row in newest.values()]
+    return tasks, rows, [f"after {task}" for task in tasks]
