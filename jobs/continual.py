@@ -21,7 +21,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line of the job."""
     parser = argparse.ArgumentParser(description="Learn the tasks of a stream one after another.")
     parser.add_argument("--stream", required=True, help="stream file, see jobs/streams/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. training.epochs=2")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. training.epochs=2"
+    )
     parser.add_argument("--until", metavar="TASK", help="stop after this task of the stream")
     parser.add_argument("--stages", help="run only 'validate' or 'validate,prepare', without a device")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")

@@ -3,6 +3,7 @@
 A method's options are a pydantic model `Options` in the method's own file, found by the method's name.
 """
 
+import copy
 import importlib
 import pkgutil
 import re
@@ -161,12 +162,18 @@ def load_stream(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
         raise UserError(f"{path}: not valid YAML ({_one_line(error)}); correct the file") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a stream file is a mapping of keys to values; see jobs/streams/quickstart.yaml")
+    return override_config(raw, overrides, str(path))
+
+
+def override_config(raw: dict[str, Any], overrides: Sequence[str], where: str) -> StreamConfig:
+    """A raw configuration with `key.path=value` overrides, validated. Raises UserError naming `where` and the key."""
+    raw = copy.deepcopy(raw)
     for override in overrides:
         _apply_override(raw, override)
     try:
         return StreamConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {describe(error)}") from error
+        raise UserError(f"{where}: {describe(error)}") from error
 
 
 def describe(error: ValidationError) -> str:

@@ -1,6 +1,6 @@
 """Learn a stream: the increments of one model, task after task, each through the six stages.
 
-    contract + files -> validate -> prepare -> train -> evaluate -> gate -> register -> next task
+contract + files -> validate -> prepare -> train -> evaluate -> gate -> register -> next task
 """
 
 import getpass
@@ -14,7 +14,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from data_contracts.errors import UserError
-from pipeline.backbones.families import family_of
 from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
 from pipeline.config import StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
@@ -23,7 +22,7 @@ from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
 from pipeline.increments import champion_row, inputs_key, next_increment, standing
 from pipeline.placement.distributed import World, start_world
-from pipeline.placement.learner import build_learner, read_deepspeed_config
+from pipeline.placement.learner import build_learner, check_before_loading
 from pipeline.report import final_report, print_start
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.gate import gate
@@ -47,9 +46,8 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
 
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
-    read_deepspeed_config(config.deepspeed)
-    family_of(load_config(config.backbone))
     method = build_method(config)
+    check_before_loading(config, method.plan)
     tokenizer = load_tokenizer(config.backbone)
     world = start_world()
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
@@ -84,9 +82,11 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
             final_report(config, chain, tracker.uri)
             tracker.close()
             mark(work_dir, FINISHED, {"exit_code": code, "head": chain[0].sha256 if chain else None})
-    except StoppedOnRequest as stopped:
+    except BaseException as error:
         if world.is_main:
-            mark(work_dir, STOPPED, {"message": str(stopped)})
+            tracker.close(ok=False)
+            if isinstance(error, StoppedOnRequest):
+                mark(work_dir, STOPPED, {"message": str(error)})
         raise
     world.barrier()
     return code
@@ -197,7 +197,7 @@ def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
 
 def catch_up(tracker: Tracker, work_dir: Path, chain: list[Manifest]) -> None:
     """Register the newest increment where a launch was killed between its publishing and its registration."""
-    if chain and tracker.registry.find_version(chain[0].sha256) is None:
+    if chain and not tracker.registry.is_registered(chain[0]):
         run = json.loads((work_dir / "increments" / chain[0].folder / "run.json").read_text())
         tracker.increment(chain[0].increment, chain[0].task, run["inputs_key"])
         record(tracker, work_dir, chain[0])

@@ -20,8 +20,10 @@ def print_start(
     """The resolved configuration, the derived numbers and what was inherited; once, on rank 0."""
     print(json.dumps(config.model_dump(mode="json"), indent=1))
     training = config.training
-    counts = {name: sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in part.values())
-              for name, part in learner.components.items()}
+    counts = {
+        name: sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in part.values())
+        for name, part in learner.components.items()
+    }
     print(f"world size {world.size} on {world.device}, ZeRO {config.deepspeed}, batch {training.batch_size} rows")
     print("trainable parameters: " + (", ".join(f"{name} {n:,}" for name, n in counts.items()) or "none"))
     for name, task in prepared.items():
@@ -59,7 +61,9 @@ def metric_lines(promoted: list[Manifest]) -> list[str]:
         return ["ACC, BWT    not defined: an earlier task was not measured in every increment"]
     lines = [f"ACC          {100 * matrix.acc(test):.2f}"]
     if last > 1:
-        lines.append(f"BWT          {100 * matrix.bwt(test, last):+.2f} on test, {100 * matrix.bwt(validation, last):+.2f} on validation")
+        lines.append(
+            f"BWT          {100 * matrix.bwt(test, last):+.2f} on test, {100 * matrix.bwt(validation, last):+.2f} on validation"
+        )
         lines.append("forgetting   " + ", ".join(f"{100 * value:.2f}" for value in matrix.forgetting(test)))
     return lines
 

@@ -31,7 +31,9 @@ def load_config(config: BackboneConfig) -> PreTrainedConfig:
             "correct it, or run 'python jobs/demo.py' to make the demo backbone"
         )
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"backbone.path '{config.path}' has no *.safetensors; convert the weights (pickles are never read)")
+        raise UserError(
+            f"backbone.path '{config.path}' has no *.safetensors; convert the weights (pickles are never read)"
+        )
     try:
         return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -72,7 +74,8 @@ def load_backbone(config: BackboneConfig) -> Backbone:
 def backbone_digest(path: str) -> str:
     """sha256 over the names and bytes of the folder's safetensors, configuration and tokenizer files."""
     names = sorted(
-        file.name for file in Path(path).iterdir() if file.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"}
+        file.name
+        for file in Path(path).iterdir()
+        if file.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"}
     )
     return sha256_text(canonical_json({name: sha256_file(Path(path) / name) for name in names}))
-

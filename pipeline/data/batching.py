@@ -58,6 +58,8 @@ def rank_shares(lengths: Sequence[int], world_size: int) -> list[list[int]]:
 def cut(share: Sequence[int], lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
     """Cut places (longest first) into groups of at most `max_rows` whose padded size stays within `max_tokens`.
 
+    Packed sequences never take more than the padded size.
+
     A row longer than the budget stands alone.
     """
     groups: list[list[int]] = []

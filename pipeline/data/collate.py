@@ -1,4 +1,9 @@
-"""From rows of a token shard to the tensors of one forward pass."""
+"""From rows of a token shard to the tensors of one forward pass.
+
+Training rows are packed: several sequences stand one after another in a tensor row as long as the longest of them, so that
+hardly a token is padding. Position ids start again with every sequence; where no attention mask is given, transformers reads
+from them that sequences must not see each other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +13,18 @@ import torch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One training pass of one rank. B rows, S tokens, P answer tokens; all tensors on the device."""
+    """One training pass of one rank: B sequences in N tensor rows of S tokens, P answer tokens. Tensors on the device."""
 
-    input_ids: torch.Tensor  # (B, S), padded on the right
-    attention_mask: torch.Tensor  # (B, S), 1 for a real token
+    input_ids: torch.Tensor  # (N, S)
+    position_ids: torch.Tensor  # (N, S), from 0 in every sequence
+    pool: torch.Tensor  # (B, N * S): 1 / length at each token of a sequence, else 0
     positions: torch.Tensor  # (P,) flattened indices of the states that predict answer tokens
     targets: torch.Tensor  # (P,) the answer tokens, the end-of-answer token included
     target_weight: torch.Tensor  # (P,) 1, or 0 for a spare row
-    row_weight: torch.Tensor  # (B,) the same for rows
-    places: tuple[int, ...]  # place of each row in its global batch
+    row_weight: torch.Tensor  # (B,) the same for sequences
+    places: tuple[int, ...]  # place of each sequence in its global batch
     step: int
-    global_rows: int  # rows of the global batch, over all ranks
+    global_rows: int  # sequences of the global batch, over all ranks
     world_size: int
 
     @property
@@ -27,10 +33,46 @@ class MicroBatch:
         return self.input_ids.numel()
 
 
-def pad_right(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Packed:
+    """Sequences laid into N tensor rows of S tokens."""
+
+    input_ids: torch.Tensor  # (N, S)
+    position_ids: torch.Tensor  # (N, S)
+    starts: tuple[int, ...]  # flattened index of each sequence's first token
+
+    def pool(self, lengths: Sequence[int]) -> torch.Tensor:
+        """(B, N * S) weights whose product with the states is each sequence's mean."""
+        weights = torch.zeros(len(self.starts), self.input_ids.numel())
+        for row, (start, length) in enumerate(zip(self.starts, lengths, strict=True)):
+            weights[row, start : start + length] = 1 / length
+        return weights
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> Packed:
+    """Lay sequences into rows as long as the longest: each goes, longest first, into the first row with room left."""
+    width = max(map(len, sequences))
+    used: list[int] = []
+    starts = [0] * len(sequences)
+    for index in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i)):
+        length = len(sequences[index])
+        row = next((row for row, taken in enumerate(used) if taken + length <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        starts[index] = row * width + used[row]
+        used[row] += length
+    ids = torch.zeros(len(used) * width, dtype=torch.long)
+    position_ids = torch.zeros(len(used) * width, dtype=torch.long)  # padding: each token a sequence of its own
+    for start, sequence in zip(starts, sequences, strict=True):
+        ids[start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
+        position_ids[start : start + len(sequence)] = torch.arange(len(sequence))
+    return Packed(ids.view(-1, width), position_ids.view(-1, width), tuple(starts))
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, S) and mask (B, S) of rows padded on the right."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
@@ -53,17 +95,18 @@ def collate(
     """Prompt + answer + end of answer for each row; only answer tokens (and the end) are targets."""
     closed = [[*answer, end_of_answer] for answer in answers]
     # the last token predicts nothing, so it is not read
-    ids, mask = pad_right([[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, closed, strict=True)])
-    width = ids.shape[1]
+    read = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, closed, strict=True)]
+    packed = pack(read)
     positions = [
-        row * width + len(prompt) - 1 + offset
-        for row, (prompt, answer) in enumerate(zip(prompts, closed, strict=True))
+        start + len(prompt) - 1 + offset
+        for start, prompt, answer in zip(packed.starts, prompts, closed, strict=True)
         for offset in range(len(answer))
     ]
     targets = torch.tensor([token for answer in closed for token in answer])
     return MicroBatch(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=packed.input_ids.to(device),
+        position_ids=packed.position_ids.to(device),
+        pool=packed.pool([len(sequence) for sequence in read]).to(device),
         positions=torch.tensor(positions, device=device),
         targets=targets.to(device),
         target_weight=torch.full((len(targets),), weight, device=device),

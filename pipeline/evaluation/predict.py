@@ -70,7 +70,9 @@ def task_score(contract: TaskContract, answers: Answers, references: Sequence[st
     )
 
 
-def row_scores(contract: TaskContract, answers: Answers, references: Sequence[str], sources: Sequence[str]) -> np.ndarray:
+def row_scores(
+    contract: TaskContract, answers: Answers, references: Sequence[str], sources: Sequence[str]
+) -> np.ndarray:
     """The metric of each row by itself, (rows,), for paired comparisons; macro F1 is compared by correctness."""
     metric = "accuracy" if contract.kind == "classification" else contract.metric
     return np.array(

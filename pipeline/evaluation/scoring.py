@@ -56,7 +56,9 @@ def build_trie(label_ids: Sequence[Sequence[int]]) -> LabelTrie:
 
 
 @torch.no_grad()
-def score_prompts(learner: Learner, prompts: Sequence[Sequence[int]], trie: LabelTrie, end_of_answer: int) -> torch.Tensor:
+def score_prompts(
+    learner: Learner, prompts: Sequence[Sequence[int]], trie: LabelTrie, end_of_answer: int
+) -> torch.Tensor:
     """Log-probability of every label for every prompt: (B, C), fp32 on CPU. Collective under ZeRO-3."""
     ids, mask = pad_right(prompts)
     batch, width = ids.shape

@@ -12,6 +12,7 @@ from pipeline.backbones.families import DenseFamily
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.lora import LoraOptions, targeted_projections
 
+
 @dataclass(frozen=True)
 class ExpertPlan:
     """Which LoRA experts a method puts into every adapted FFN."""
@@ -36,9 +37,7 @@ def attach_experts(model: nn.Module, family: DenseFamily, plan: ExpertPlan) -> l
     for path, layer, ffn in list(family.feed_forwards(model)):
         if path not in projections:
             continue
-        wrapped = ExpertFFN(
-            ffn, len(ffns), plan.roles, projections[path], plan.lora, plan.num_discriminator_outputs
-        )
+        wrapped = ExpertFFN(ffn, len(ffns), plan.roles, projections[path], plan.lora, plan.num_discriminator_outputs)
         wrapped.path = path
         setattr(layer, family.ffn, wrapped)
         ffns.append(wrapped)

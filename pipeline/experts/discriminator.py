@@ -4,7 +4,7 @@ Why the loss is hung onto the output: under ZeRO-3 a module's parameters are pre
 of its *output* has arrived. `AttachLoss` lets the layer's own loss ride on that output, so that no pooled tensor has to
 leave the module. Source: MoE-CL, arXiv 2509.18133; what is done differently and why: METHODS section 1.
 
-Legend: B sequences, S tokens of a sequence, D model width, L adapted layers, M discriminator outputs, K earlier tasks drawn.
+Legend: B sequences, N rows of S tokens that the sequences are packed into, D model width, L adapted layers, M discriminator outputs, K earlier tasks drawn.
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class AdversaryStep:
     weight / (layers * sequences of the global batch, negatives included), times the world size that DeepSpeed divides by.
     """
 
-    token_mask: torch.Tensor  # (B, S): 1 for a real token
+    pool: torch.Tensor  # (B, tokens): 1 / length at each token of a sequence, else 0
     row_weight: torch.Tensor  # (B,): 1, or 0 for a spare row
     class_index: int  # the current task's output
     num_classes: int  # outputs in use; the others are masked
@@ -87,8 +87,6 @@ class Discriminator(nn.Linear):
         return F.cross_entropy(logits, classes, reduction="none")
 
 
-def masked_mean(states: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the non-padding tokens: (B, S, N), (B, S) -> (B, N)."""
-    weights = token_mask.to(states.dtype)
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.bmm(weights.unsqueeze(1), states).squeeze(1)
+def pooled_mean(states: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+    """Mean over each sequence's tokens: states (N, S, F) of packed rows, weights (B, N * S) -> (B, F)."""
+    return pool.to(states.dtype) @ states.reshape(-1, states.shape[-1])

@@ -7,14 +7,14 @@
 
 The frozen down-projection is linear and the gate sums to one, so this equals mixing two whole FFNs, at one frozen matmul.
 
-Legend: B sequences, S tokens of a sequence, D model width, F FFN width, R LoRA rank, N active experts.
+Legend: B sequences, packed into N rows of S tokens; D model width, F FFN width, R LoRA rank.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator, masked_mean
+from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator, pooled_mean
 from pipeline.experts.lora import LoraExpert, LoraOptions, LoraPair
 
 
@@ -42,9 +42,7 @@ class ExpertFFN(nn.Module):
         weight = ffn.gate_proj.weight
         dtype, device = weight.dtype, weight.device
         width, ffn_width = ffn.gate_proj.in_features, ffn.gate_proj.out_features
-        shapes = {
-            name: (width, ffn_width) if name == "down_proj" else (ffn_width, width) for name in projections
-        }
+        shapes = {name: (width, ffn_width) if name == "down_proj" else (ffn_width, width) for name in projections}
         self.experts = nn.ModuleDict(
             {
                 role: LoraExpert({name: LoraPair(shape, lora.rank, dtype, device) for name, shape in shapes.items()})
@@ -57,12 +55,14 @@ class ExpertFFN(nn.Module):
             self.discriminator = Discriminator(width, num_discriminator_outputs, dtype=dtype, device=device)
         self.active: tuple[str, ...] = roles
         self.adversary: AdversaryStep | None = None  # set for one micro-batch by the method
-        self.pool_mask: torch.Tensor | None = None  # (B, S): when set, `pooled` collects z of the shared expert
+        self.pool: torch.Tensor | None = (
+            None  # (B, tokens): when set, `pooled` collects the shared expert's mean output
+        )
         self.pooled: torch.Tensor | None = None
         self.register_forward_pre_hook(_require_input_gradient)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D)."""
+        """Token states of N packed rows, (N, S, D) -> (N, S, D)."""
         a = _linear(self.ffn.gate_proj, x)
         b = _linear(self.ffn.up_proj, x)
         if not self.active:
@@ -71,40 +71,39 @@ class ExpertFFN(nn.Module):
         hidden = self._hidden(dropped, a, b, self.active)
         if len(self.active) > 1:
             beta = self.gate_weights(x)
-            hidden = [h * beta[..., [self._role_index(role)]] for role, h in zip(self.active, hidden, strict=True)]
+            places = [list(self.experts).index(role) for role in self.active]
+            hidden = [h * beta[..., index : index + 1] for index, h in zip(places, hidden, strict=True)]
         y = _linear(self.ffn.down_proj, sum(hidden))
         down = self._down([self.dropout(h) for h in hidden], self.active)
         y = y if down is None else y + down
-        if self.pool_mask is not None:
-            self.pooled = self.pooled_output(dropped, a, b, self.pool_mask)
+        if self.pool is not None:
+            self.pooled = self.pooled_output(dropped, a, b, self.pool)
         if self.adversary is not None:
             step = self.adversary
-            loss = self.discriminator.loss(self.pooled_output(dropped, a, b, step.token_mask), step, self.layer)
+            loss = self.discriminator.loss(self.pooled_output(dropped, a, b, step.pool), step, self.layer)
             step.cross_entropy.append(loss.detach())
             y = AttachLoss.apply(y, loss * step.scale)
         return y
 
     def gate_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """beta = softmax(G x): (B, S, D) -> (B, S, roles), summing to one over the roles."""
+        """beta = softmax(G x): (N, S, D) -> (N, S, roles), summing to one over the roles."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return torch.softmax(F.linear(x, self.gate.weight), dim=-1, dtype=wide).to(x.dtype)
 
-    def pooled_output(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """mean(z_s) over real tokens, (B, D), as W_down mean(h_s) + L_down,s mean(h_s): one row a sequence.
+    def pooled_output(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """mean(z_s) over each sequence's tokens, (B, D), as W_down mean(h_s) + L_down,s mean(h_s): one row a sequence.
 
         x, a, b are detached: only the shared expert of this layer is on the path. `x` carries the dropout mask already;
         the mean of h_s gets none.
         """
         (hidden,) = self._hidden(x.detach(), a.detach(), b.detach(), ("shared",))
-        mean = masked_mean(hidden, token_mask)
+        mean = pooled_mean(hidden, pool)
         down = self._down([mean], ("shared",))
         out = _linear(self.ffn.down_proj, mean)
         return out if down is None else out + down
 
-    def _hidden(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, roles: tuple[str, ...]
-    ) -> list[torch.Tensor]:
-        """h_e for each role, (B, S, F). All A-products that read x are one matmul with stacked A."""
+    def _hidden(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, roles: tuple[str, ...]) -> list[torch.Tensor]:
+        """h_e for each role, (N, S, F). All A-products that read x are one matmul with stacked A."""
         pairs = [(role, name) for role in roles for name in ("gate_proj", "up_proj") if name in self.experts[role]]
         deltas = {}
         if pairs:
@@ -125,9 +124,6 @@ class ExpertFFN(nn.Module):
         pairs = [self.experts[role]["down_proj"] for role in roles]
         low = [F.linear(h, pair.lora_A) for h, pair in zip(hidden, pairs, strict=True)]
         return F.linear(torch.cat(low, dim=-1), torch.cat([pair.lora_B for pair in pairs], dim=-1)) * self.scaling
-
-    def _role_index(self, role: str) -> int:
-        return list(self.experts).index(role)
 
 
 def _require_input_gradient(module: ExpertFFN, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:

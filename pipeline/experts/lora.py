@@ -51,7 +51,9 @@ def targeted_projections(family: DenseFamily, model: nn.Module, targets: Iterabl
     for path, _, _ in family.feed_forwards(model):
         for projection in PROJECTIONS:
             full = f"{path}.{projection}"
-            hits = {t for t in targets if t == full or fnmatch.fnmatchcase(full, f"*.{t}") or fnmatch.fnmatchcase(full, t)}
+            hits = {
+                t for t in targets if t == full or fnmatch.fnmatchcase(full, f"*.{t}") or fnmatch.fnmatchcase(full, t)
+            }
             if hits:
                 unused -= hits
                 matched.setdefault(path, []).append(projection)

@@ -106,7 +106,7 @@ class MoeCL(PlainLora):
             return
         sequences = batch.global_rows * (1 if self._prototypes is None else 2)
         step = AdversaryStep(
-            token_mask=batch.attention_mask,
+            pool=batch.pool,
             row_weight=batch.row_weight,
             class_index=0,
             num_classes=len(self._classes),

@@ -73,7 +73,9 @@ class World:
         """Rank 0's tensors, on CPU, on every rank; the other ranks pass None."""
         if self.size == 1:
             return tensors or {}
-        shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in tensors.items()} if tensors is not None else None)
+        shapes = self.broadcast(
+            {name: (t.shape, t.dtype) for name, t in tensors.items()} if tensors is not None else None
+        )
         received = {}
         for name, (shape, dtype) in shapes.items():
             tensor = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)

@@ -13,14 +13,17 @@ import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from data_contracts.errors import UserError
 from pipeline.backbones.answer_model import AnswerModel
-from pipeline.backbones.load import load_backbone
+from pipeline.backbones.families import family_of
+from pipeline.backbones.load import load_backbone, load_config
 from pipeline.config import StreamConfig
 from pipeline.experts.attach import Components, ExpertPlan, attach_experts, components_of
 from pipeline.experts.dual_ffn import ExpertFFN
+from pipeline.experts.lora import targeted_projections
 from pipeline.placement.distributed import World
 from pipeline.placement.state import write_weights
 
@@ -77,14 +80,18 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"deepspeed: cannot read {path} ({error.strerror}); see deepspeed_configs/ for files that work") from error
+        raise UserError(
+            f"deepspeed: cannot read {path} ({error.strerror}); see deepspeed_configs/ for files that work"
+        ) from error
     except ValueError as error:
         raise UserError(f"deepspeed: {path} is not valid JSON ({error}); correct the file") from error
     if not isinstance(raw, dict):
         raise UserError(f"deepspeed: {path} must hold a JSON object")
     for key, owner in _OWNED_BY_STREAM.items():
         if key in raw:
-            raise UserError(f"deepspeed: {path} sets '{key}', which the stream sets by {owner}; remove it from the file")
+            raise UserError(
+                f"deepspeed: {path} sets '{key}', which the stream sets by {owner}; remove it from the file"
+            )
     stage = raw.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
         raise UserError(f"deepspeed: {path} has zero_optimization.stage {stage}; this pipeline runs stages 2 and 3")
@@ -104,10 +111,21 @@ def engine_config(raw: dict[str, Any], config: StreamConfig) -> dict[str, Any]:
     }
 
 
+def check_before_loading(config: StreamConfig, plan: ExpertPlan | None) -> None:
+    """Raise UserError for a DeepSpeed file, backbone or target that cannot work, before any weight is read."""
+    read_deepspeed_config(config.deepspeed)
+    model_config = load_config(config.backbone)
+    family = family_of(model_config)
+    if plan is not None:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        targeted_projections(family, skeleton, plan.lora.targets)
+
+
 def build_learner(config: StreamConfig, plan: ExpertPlan | None, world: World, *, train: bool) -> Learner:
     """Load, attach experts, partition. With `train` there is an optimizer over the plan's components and nothing else.
 
-    Raises UserError for an unknown backbone, target or DeepSpeed setting, before weights are loaded where it can be told.
+    `check_before_loading` has refused what cannot work.
     """
     raw = read_deepspeed_config(config.deepspeed)
     settings = engine_config(raw, config)

@@ -1,6 +1,6 @@
 """Stage 4: retention decides what earlier tasks are served with, then one row of R is measured on test."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from data_contracts import TaskContract
 from pipeline.benchmarks.baselines import tfidf_score, zero_shot_score
 from pipeline.data.tokens import SPLITS, PreparedTask, RowView
 from pipeline.evaluation.predict import Answers, answer_rows, row_scores, task_score
-from pipeline.methods.protocol import Bundle, Increment
+from pipeline.methods.protocol import Bundle, Increment, Method
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
 
@@ -35,16 +35,29 @@ def evaluate(job: Job, increment: Increment, tasks: Mapping[str, PreparedTask], 
     ever measures.
     """
     new = increment.task
+    measured: dict[tuple, Measured] = {}
+
+    def score(task: str, bundle: Bundle, split: str) -> Measured:
+        key = (task, split, *sorted(bundle.items()))
+        if key not in measured:
+            measured[key] = measure(job, tasks[task], bundle, split)
+        return measured[key]
+
     serving: dict[str, Bundle] = {}
     retention: dict[str, dict[str, Any]] = {}
     for task in increment.order:
         if task != new and task in tasks:
-            serving[task], retention[task] = retain(job, tasks[task], increment.bundles[task], trained.bundle)
+            serving[task], retention[task] = retain(
+                job.method,
+                increment.bundles[task],
+                trained.bundle,
+                lambda bundle, task=task: score(task, bundle, "validation"),
+            )
     serving[new] = trained.bundle
     row, validation_row, predictions = {}, {}, {}
     for task, bundle in serving.items():
-        validation_row[task] = measure(job, tasks[task], bundle, "validation").score
-        test = measure(job, tasks[task], bundle, "test")
+        validation_row[task] = score(task, bundle, "validation").score
+        test = score(task, bundle, "test")
         row[task] = test.score
         predictions[task] = test.answers.table(test.rows.column("row_id"), test.rows.column("reference"))
         if job.world.is_main:
@@ -53,16 +66,18 @@ def evaluate(job: Job, increment: Increment, tasks: Mapping[str, PreparedTask], 
     return Evaluated(row, validation_row, changed, predictions, retention, baselines(job, tasks[new]))
 
 
-def retain(job: Job, prepared: PreparedTask, old: Bundle, new: Bundle) -> tuple[Bundle, dict[str, Any]]:
+def retain(
+    method: Method, old: Bundle, new: Bundle, on_validation: Callable[[Bundle], "Measured"]
+) -> tuple[Bundle, dict[str, Any]]:
     """The bundle an earlier task is served with from now on, and the numbers behind the choice (METHODS section 2)."""
-    policy = job.method.retention.policy
-    moved = job.method.moved(old, new)
+    policy = method.retention.policy
+    moved = method.moved(old, new)
     if policy == "pin" or moved is None or moved == old:
         return old, {"policy": policy, "moved": False}
     if policy == "follow":
         return moved, {"policy": policy, "moved": True}
-    before, after = (measure(job, prepared, bundle, "validation") for bundle in (old, moved))
-    better, gain, margin = moves(before, after, job.method.retention.margin)
+    before, after = on_validation(old), on_validation(moved)
+    better, gain, margin = moves(before, after, method.retention.margin)
     return (moved if better else old), {"policy": policy, "moved": better, "gain": gain, "margin": margin}
 
 

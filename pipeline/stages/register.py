@@ -104,7 +104,9 @@ def stage_files(
         "retention": evaluated.retention,
     }
     write_atomic(folder / "row.json", canonical_json(row).encode())
-    write_atomic(folder / "contract.json", canonical_json(prepared.contract.model_dump(mode="json", by_alias=True)).encode())
+    write_atomic(
+        folder / "contract.json", canonical_json(prepared.contract.model_dump(mode="json", by_alias=True)).encode()
+    )
     for task, table in evaluated.predictions.items():
         write_atomic(folder / "predictions" / f"{task}.parquet", parquet_bytes(table))
     learned = [(m.task, m.row) for m in reversed(context.chain) if m.verdict == "promoted"]
@@ -134,7 +136,7 @@ def run_record(job: Job, trained: Trained, context: Context) -> dict[str, Any]:
         "work_dir": str(job.work_dir),
         "world_size": job.world.size,
         "device": str(job.world.device),
-        "deepspeed": job.config.deepspeed,
+        "config": job.config.model_dump(mode="json"),
         "continuations": trained.continuations,
         "inputs_key": context.inputs_key,
         "mlflow_run_id": context.run_id,

@@ -1,8 +1,8 @@
 """Checks on the live engine, once an increment: the right parameters learn, and no others."""
 
+from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from deepspeed.utils import safe_get_full_grad
 from pipeline.placement.learner import Learner
 
 
@@ -12,7 +12,9 @@ def check_gradients(learner: Learner) -> None:
         if name.endswith("lora_B"):
             gradient = safe_get_full_grad(parameter)
             if gradient is None or not bool(gradient.any()):
-                raise AssertionError(f"{name} got no gradient from the first batch: its expert is not on the way to the loss")
+                raise AssertionError(
+                    f"{name} got no gradient from the first batch: its expert is not on the way to the loss"
+                )
     check_optimizer(learner)
 
 

@@ -100,9 +100,7 @@ def train_rows(
         named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)}
         tokens = int(rows.lengths[chosen].sum())
         norm = float(learner.engine.get_global_grad_norm() or 0.0)
-        on_step(
-            StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin)
-        )
+        on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
         progress.update(step, tokens, {"loss": loss, **named, "lr": settings.learning_rate * factor})
         if asked:
             save(step)
@@ -167,7 +165,7 @@ def run_global_batch(
 def forward(learner: Learner, method: Method, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
     """Summed negative log-likelihood of the micro-batch's answer tokens (a scalar), and what the method added."""
     method.before_forward(learner.ffns, batch)
-    logits = learner.engine(batch.input_ids, batch.attention_mask, batch.positions)
+    logits = learner.engine(batch.input_ids, None, batch.positions, batch.position_ids)
     added = method.after_forward(learner.ffns)
     losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
     return (losses * batch.target_weight).sum(), added

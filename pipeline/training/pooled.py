@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.data.collate import pad_right
+from pipeline.data.collate import pack
 from pipeline.data.tokens import RowView
 from pipeline.placement.learner import Learner
 from pipeline.placement.rounds import run_batches
@@ -20,13 +20,16 @@ def pooled_statistics(learner: Learner, rows: RowView, batch_tokens: int) -> tup
     device = learner.world.device
 
     def work(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask = (tensor.to(device) for tensor in pad_right([texts[row] for row in batch]))
+        sequences = [texts[row] for row in batch]
+        packed = pack(sequences)
+        pool = packed.pool([len(sequence) for sequence in sequences]).to(device)
         for ffn in learner.ffns:
-            ffn.pool_mask = mask
-        learner.forward(ids, mask, torch.zeros(1, dtype=torch.long, device=device))
+            ffn.pool = pool
+        nowhere = torch.zeros(1, dtype=torch.long, device=device)
+        learner.forward(packed.input_ids.to(device), None, nowhere, packed.position_ids.to(device))
         pooled = torch.stack([ffn.pooled.double() for ffn in learner.ffns])  # (L, B, D)
         for ffn in learner.ffns:
-            ffn.pool_mask = ffn.pooled = None
+            ffn.pool = ffn.pooled = None
         return pooled.sum(dim=1).cpu(), pooled.square().sum(dim=1).cpu()
 
     parts = [sums for _, sums in run_batches(learner.world, [len(text) for text in texts], batch_tokens, work)]
