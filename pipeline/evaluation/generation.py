@@ -56,9 +56,11 @@ def greedy(
         logits = learner.forward(ids, mask, positions, position_ids, cache)
         best, token = torch.log_softmax(logits.float(), dim=-1).max(dim=-1)
         for row in sorted(open_rows):
-            totals[row] += best[row].item()
-            counts[row] += 1
-            if int(token[row]) == end_of_answer or len(answers[row]) == max_answer_tokens:
+            ended, full = int(token[row]) == end_of_answer, len(answers[row]) == max_answer_tokens
+            if ended or not full:  # a token past the limit is neither answer nor end
+                totals[row] += best[row].item()
+                counts[row] += 1
+            if ended or full:
                 open_rows.discard(row)
             else:
                 answers[row].append(int(token[row]))

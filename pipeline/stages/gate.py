@@ -23,7 +23,7 @@ class Verdict:
 def gate(rules: GateConfig, task: str, row: Mapping[str, float], champion_row: Mapping[str, float]) -> Verdict:
     """Judge the row of R that learned `task` against each earlier task's score in its last champion row."""
     reasons = []
-    changes = {name: score - champion_row[name] for name, score in row.items() if name in champion_row}
+    changes = {name: score - champion_row[name] for name, score in row.items() if name != task and name in champion_row}
     if rules.max_regression is not None:
         for name, change in changes.items():
             if -change > rules.max_regression:

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.experts.attach import ExpertPlan
-from pipeline.experts.discriminator import AdversaryStep, AttachLoss, GradientReversal, Negatives, masked_mean
+from pipeline.experts.discriminator import AdversaryStep, AttachLoss, GradientReversal, Negatives, pooled_mean
 from pipeline.experts.lora import LoraOptions
 from pipeline.placement.learner import Learner
 from tests.helpers import gradients, largest_difference, light_learner, ragged, randomise, tiny_llama
 
 VOCAB, LAYERS, OUTPUTS, CLASSES, WEIGHT = 61, 3, 5, 3, 0.7
-LENGTHS = (9, 4, 6, 1)
+SPANS = ((0, 9), (9, 13), (18, 24), (24, 25))  # flattened places of four sequences packed into three rows of nine tokens
+NUM = len(SPANS)  # sequences
 RANK, ALPHA = 2, 3.0
 EXACT = 1e-12
 
@@ -34,38 +35,41 @@ def learner() -> Learner:
     return learner
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    rows = ragged(LENGTHS, VOCAB)
-    ids, mask = torch.zeros(len(rows), max(LENGTHS), dtype=torch.long), torch.zeros(len(rows), max(LENGTHS))
-    for index, row in enumerate(rows):
-        ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
-    return ids, mask
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids (N, S), position ids (N, S), and 1 / length at each token of a sequence (B, N * S)."""
+    ids, places = torch.zeros(27, dtype=torch.long), torch.zeros(27, dtype=torch.long)
+    weights = torch.zeros(NUM, 27, dtype=torch.float64)
+    for index, (begin, end) in enumerate(SPANS):
+        ids[begin:end] = torch.tensor(ragged([end - begin], VOCAB, seed=index)[0])
+        places[begin:end] = torch.arange(end - begin)
+        weights[index, begin:end] = 1 / (end - begin)
+    return ids.view(3, 9), places.view(3, 9), weights
 
 
 def game(**changes) -> AdversaryStep:
     """One micro-batch that is its whole global batch, with negatives; `changes` replace fields."""
     torch.manual_seed(5)
-    sequences = 2 * len(LENGTHS)
+    sequences = 2 * NUM
     fields = {
-        "token_mask": batch()[1],
-        "row_weight": torch.ones(len(LENGTHS)),
+        "pool": batch()[2],
+        "row_weight": torch.ones(NUM),
         "class_index": 0,
         "num_classes": CLASSES,
         "scale": WEIGHT / (LAYERS * sequences),
-        "negatives": Negatives(torch.randn(LAYERS, len(LENGTHS), 48), torch.tensor([1, 2, 2, 1])),
+        "negatives": Negatives(torch.randn(LAYERS, NUM, 48), torch.tensor([1, 2, 2, 1])),
     }
     return AdversaryStep(**(fields | changes))
 
 
 def run(learner: Learner, step: AdversaryStep | None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """Gradients of everything with a plain sum over all logits as the loss; every layer's input; the logits."""
-    ids, mask = batch()
+    ids, places, _ = batch()
     learner.model.zero_grad(set_to_none=True)
     inputs: list[torch.Tensor] = []
     hooks = [ffn.register_forward_hook(lambda _, args, out: inputs.append(args[0].detach())) for ffn in learner.ffns]
     for ffn in learner.ffns:
         ffn.adversary = step
-    logits = learner.forward(ids, mask, torch.arange(ids.numel()))
+    logits = learner.forward(ids, None, torch.arange(ids.numel()), places)
     for ffn in learner.ffns:
         ffn.adversary = None
     for hook in hooks:
@@ -87,7 +91,7 @@ def naive_cross_entropy(learner: Learner, layer: int, x: torch.Tensor, step: Adv
 
     gate = project("gate_proj", x)
     z = project("down_proj", gate * torch.sigmoid(gate) * project("up_proj", x))
-    pooled = [z[row, : int(length)].mean(dim=0) for row, length in enumerate(step.token_mask.sum(dim=1))]
+    pooled = [z.reshape(-1, z.shape[-1])[begin:end].mean(dim=0) for begin, end in SPANS]
     features = [(value, step.class_index, float(w)) for value, w in zip(pooled, step.row_weight, strict=True)]
     if step.negatives is not None:
         drawn = zip(step.negatives.features[layer].double(), step.negatives.classes.tolist(), step.row_weight, strict=True)
@@ -108,8 +112,8 @@ def naive_terms(learner: Learner, inputs: list[torch.Tensor], step: AdversarySte
 
 @pytest.mark.parametrize("negatives", [True, False], ids=["negatives", "no_negatives"])
 def test_reversal_reaches_the_shared_expert_of_each_layer_only(learner, negatives):
-    step = game() if negatives else game(negatives=None, scale=WEIGHT / (LAYERS * len(LENGTHS)))
-    sequences = len(LENGTHS) * (2 if negatives else 1)
+    step = game() if negatives else game(negatives=None, scale=WEIGHT / (LAYERS * NUM))
+    sequences = NUM * (2 if negatives else 1)
     without, inputs, plain_logits = run(learner, None)
     with_game, _, logits = run(learner, step)
     expected, mean = naive_terms(learner, inputs, step, sequences)
@@ -170,7 +174,7 @@ def test_spare_rows_and_padding_do_not_matter(learner):
     step = game(row_weight=weights)
     without, inputs, _ = run(learner, None)
     with_game, _, _ = run(learner, step)
-    expected, _ = naive_terms(learner, inputs, step, 2 * len(LENGTHS))
+    expected, _ = naive_terms(learner, inputs, step, 2 * NUM)
     shared = {name: with_game[name] - without[name] for name in expected if ".shared." in name}
     assert largest_difference(shared, {name: -WEIGHT * expected[name] for name in shared}) < EXACT
     other = game(row_weight=weights)
@@ -178,7 +182,7 @@ def test_spare_rows_and_padding_do_not_matter(learner):
     other.negatives.classes[[1, 3]] = 2
     again, _, _ = run(learner, other)
     assert all(torch.equal(with_game[name], again[name]) for name in with_game)
-    none, _, _ = run(learner, game(row_weight=torch.zeros(len(LENGTHS))))
+    none, _, _ = run(learner, game(row_weight=torch.zeros(NUM)))
     assert all(torch.equal(none[name], without[name]) for name in none)
 
 
@@ -199,10 +203,10 @@ def test_reversal_is_the_identity_whose_gradient_is_negated():
     assert value.grad.tolist() == [-3.0, -4.0]
 
 
-def test_masked_mean_leaves_padding_out():
+def test_pooled_mean_leaves_padding_and_other_sequences_out():
     states = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [9e9, 9e9]], [[5.0, 6.0], [7.0, 8.0], [0.0, 1.0]]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert torch.allclose(masked_mean(states, mask), torch.tensor([[2.0, 20.0], [4.0, 5.0]]))
+    pool = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0], [0, 0, 0, 0, 0.5, 0.5]])
+    assert pooled_mean(states, pool).tolist() == [[2.0, 20.0], [5.0, 6.0], [3.5, 4.5]]
 
 
 def test_in_bfloat16_the_cross_entropy_is_computed_in_fp32():
@@ -213,7 +217,7 @@ def test_in_bfloat16_the_cross_entropy_is_computed_in_fp32():
     randomise(learner)
     judge = learner.ffns[0].discriminator
     pooled = torch.randn(2, 48).bfloat16()
-    step = AdversaryStep(torch.ones(2, 4), torch.ones(2), 1, CLASSES, 1.0)
+    step = AdversaryStep(torch.eye(2), torch.ones(2), 1, CLASSES, 1.0)
     loss = judge.loss(pooled, step, 0)
     logits = pooled.float() @ judge.weight.float().T + judge.bias.float()
     expected = F.cross_entropy(logits[:, :CLASSES], torch.tensor([1, 1]), reduction="sum")

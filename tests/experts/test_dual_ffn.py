@@ -14,6 +14,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROLES = ("shared", "dedicated")
 WIDTH, FFN_WIDTH, RANK, ALPHA = 14, 23, 3, 5.0  # awkward on purpose
 TOLERANCE = 1e-10
+SPANS = ((0, 7), (7, 11), (11, 12), (14, 19))  # flattened places of four sequences packed into three rows of seven tokens
 
 
 def build(
@@ -33,11 +34,24 @@ def build(
     return ffn.train()
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, S, D) that asks for its gradient, and a mask of ragged rows (B, S)."""
+def inputs() -> torch.Tensor:
+    """x (N, S, D) that asks for its gradient."""
     torch.manual_seed(2)
-    x = torch.randn(3, 7, WIDTH, dtype=torch.float64, requires_grad=True)
-    return x, torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
+    return torch.randn(3, 7, WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def pool_weights() -> torch.Tensor:
+    """1 / length at each token of a sequence, (B, N * S)."""
+    weights = torch.zeros(len(SPANS), 21, dtype=torch.float64)
+    for row, (begin, end) in enumerate(SPANS):
+        weights[row, begin:end] = 1 / (end - begin)
+    return weights
+
+
+def naive_mean(states: torch.Tensor) -> torch.Tensor:
+    """The mean over each sequence's tokens, (N, S, D) -> (B, D)."""
+    flat = states.reshape(-1, states.shape[-1])
+    return torch.stack([flat[begin:end].mean(dim=0) for begin, end in SPANS])
 
 
 def adapted(ffn: ExpertFFN, role: str | None, name: str, x: torch.Tensor, low: torch.Tensor | None = None):
@@ -99,7 +113,7 @@ TARGETS = [
 @pytest.mark.parametrize("projections", TARGETS, ids="+".join)
 def test_output_and_every_gradient_equal_two_whole_ffns_and_the_gate(projections, bias):
     ffn = build(projections, bias=bias)
-    x, _ = inputs()
+    x = inputs()
     ours, theirs = ffn(x), naive_mixture(ffn, x)
     assert (ours - theirs).abs().max() < TOLERANCE
     got, expected = all_gradients(ffn, x, ours), all_gradients(ffn, x, theirs)
@@ -112,7 +126,7 @@ def test_output_and_every_gradient_equal_two_whole_ffns_and_the_gate(projections
 def test_a_role_that_speaks_alone_is_its_own_ffn_without_the_gate(role, bias):
     ffn = build(bias=bias)
     ffn.active = (role,)
-    x, _ = inputs()
+    x = inputs()
     ours, theirs = ffn(x), naive_output(ffn, role, x)
     assert (ours - theirs).abs().max() < TOLERANCE
     got = all_gradients(ffn, x, ours)
@@ -124,7 +138,7 @@ def test_a_role_that_speaks_alone_is_its_own_ffn_without_the_gate(role, bias):
 def test_an_ffn_of_one_role_has_no_gate_and_equals_the_plain_adapter():
     ffn = build(roles=("adapter",), bias=True)
     assert not hasattr(ffn, "gate")
-    x, _ = inputs()
+    x = inputs()
     ours, theirs = ffn(x), naive_output(ffn, "adapter", x)
     assert (ours - theirs).abs().max() < TOLERANCE
     assert largest_difference(all_gradients(ffn, x, ours), all_gradients(ffn, x, theirs)) < TOLERANCE
@@ -133,7 +147,7 @@ def test_an_ffn_of_one_role_has_no_gate_and_equals_the_plain_adapter():
 def test_without_a_role_the_frozen_ffn_speaks_to_the_bit():
     ffn = build(bias=True)
     ffn.active = ()
-    x, _ = inputs()
+    x = inputs()
     assert torch.equal(ffn(x), ffn.ffn(x))
 
 
@@ -143,13 +157,13 @@ def test_with_b_zero_any_gate_gives_the_frozen_ffn():
         for role in ROLES:
             for pair in ffn.experts[role].values():
                 pair.lora_B.zero_()
-    x, _ = inputs()
+    x = inputs()
     assert (ffn(x) - ffn.ffn(x)).abs().max() < TOLERANCE
 
 
 def test_merging_the_product_into_the_weights_gives_the_same_expert():
     ffn = build()
-    x, _ = inputs()
+    x = inputs()
     for role in ROLES:
         merged = {
             name: getattr(ffn.ffn, name).weight
@@ -165,11 +179,10 @@ def test_merging_the_product_into_the_weights_gives_the_same_expert():
 @pytest.mark.parametrize("projections", TARGETS, ids="+".join)
 def test_pooled_z_s_and_its_gradients_equal_the_mean_of_the_shared_ffn(projections, bias):
     ffn = build(projections, bias=bias)
-    x, mask = inputs()
-    ffn.pool_mask = mask
+    x = inputs()
+    ffn.pool = pool_weights()
     ffn(x)
-    rows = [naive_output(ffn, "shared", x)[row, : int(length)].mean(dim=0) for row, length in enumerate(mask.sum(1))]
-    theirs = torch.stack(rows)
+    theirs = naive_mean(naive_output(ffn, "shared", x))
     assert (ffn.pooled - theirs).abs().max() < TOLERANCE
     got, expected = all_gradients(ffn, x, ffn.pooled), all_gradients(ffn, x, theirs)
     shared = {name for name in got if name.startswith("experts.shared.")}
@@ -182,8 +195,8 @@ def test_pooled_z_s_and_its_gradients_equal_the_mean_of_the_shared_ffn(projectio
 
 def test_dropout_draws_one_mask_on_x_for_all_stacked_products_and_one_on_each_h():
     ffn = build(dropout=0.4)
-    x, mask = inputs()
-    ffn.pool_mask = mask
+    x = inputs()
+    ffn.pool = pool_weights()
     torch.manual_seed(11)
     ours = ffn(x)
     torch.manual_seed(11)  # the same draws in the order of the formulas: x, h_s, h_t
@@ -199,13 +212,12 @@ def test_dropout_draws_one_mask_on_x_for_all_stacked_products_and_one_on_each_h(
     assert largest_difference(all_gradients(ffn, x, ours), all_gradients(ffn, x, theirs)) < TOLERANCE
     # the pooled path reads the same dropped x and drops no h
     z_s = adapted(ffn, "shared", "down_proj", naive_hidden(ffn, "shared", x, x * kept_x))
-    pooled = (z_s * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-    assert (ffn.pooled - pooled).abs().max() < TOLERANCE
+    assert (ffn.pooled - naive_mean(z_s)).abs().max() < TOLERANCE
 
 
 def test_dropout_is_off_in_evaluation():
     ffn = build(dropout=0.4).eval()
-    x, _ = inputs()
+    x = inputs()
     assert (ffn(x) - naive_mixture(ffn, x)).abs().max() < TOLERANCE
 
 
@@ -214,7 +226,7 @@ def test_an_input_without_gradient_gets_one_in_training_alone():
     ffn = build()
     seen = []
     ffn.register_forward_hook(lambda _, args, out: seen.append(args[0].requires_grad))
-    x = inputs()[0].detach()
+    x = inputs().detach()
     ours = ffn(x)
     assert (ours - naive_mixture(ffn, x)).abs().max() < TOLERANCE
     with torch.no_grad():
