@@ -2,4 +2,6 @@
 
 
 class UserError(ValueError):
-    """A user's mistake: one readable sentence that names the remedy. Commands print it and exit 2, without a traceback."""
+    """A user's mistake: one readable sentence that names the remedy. Commands print it and exit 2, without a
+    traceback.
+    """

@@ -1,4 +1,6 @@
-"""Score new rows with the champion: `deepspeed jobs/predict.py --work-dir W --task T --data F --out P [--increment K]`."""
+"""Score new rows with the champion: `deepspeed jobs/predict.py --work-dir W --task T --data F --out P [--increment
+K]`.
+"""
 
 import argparse
 import os

@@ -1,4 +1,5 @@
-"""Stream configuration: one YAML file and `--set key.path=value` overrides, read into one typed object that refuses unknown keys.
+"""Stream configuration: one YAML file and `--set key.path=value` overrides, read into one typed object that refuses
+unknown keys.
 
 A method's options are a pydantic model `Options` in the method's own file, found by the method's name.
 """

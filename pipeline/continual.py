@@ -160,7 +160,9 @@ def prepare_tasks(
 
 
 def prepare_only(config: StreamConfig, stages: Sequence[str]) -> int:
-    """The stages that need no device, as a job of their own: `validate`, or `validate,prepare`. Returns the exit code."""
+    """The stages that need no device, as a job of their own: `validate`, or `validate,prepare`. Returns the exit
+    code.
+    """
     tokenizer = load_tokenizer(config.backbone)
     chain = load_chain(config.work_path())
     contracts = []
@@ -175,7 +177,9 @@ def prepare_only(config: StreamConfig, stages: Sequence[str]) -> int:
 
 
 def open_work_dir(work_dir: Path) -> list[Manifest]:
-    """Make the work_dir usable and read its chain, newest first. Raises UserError where it cannot be written or read."""
+    """Make the work_dir usable and read its chain, newest first. Raises UserError where it cannot be written or
+    read.
+    """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         for marker in (FINISHED, STOPPED):

@@ -11,7 +11,8 @@ from pipeline.tracking.manifest import Manifest
 
 
 def standing(task: PreparedTask, chain: list[Manifest], learning_digest: str) -> Literal["new", "learned", "rejected"]:
-    """Whether this task with this contract and data is learned, was rejected with these very inputs, or is to be learned.
+    """Whether this task with this contract and data is learned, was rejected with these very inputs, or is to be
+    learned.
 
     A new contract version or new data makes a known task new again; a changed learning configuration gives a rejected
     one another try and leaves a learned one alone.

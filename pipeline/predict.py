@@ -34,8 +34,8 @@ class NewRows:
 def predict(served: Served, task: str, data: str) -> pa.Table:
     """Columns row_id, answer, score, label_scores (classification), bundle, reason; one row for each row of `data`.
 
-    A row that cannot be answered (no text, too long, not UTF-8) has a reason and no answer: no row is lost. Collective; the same
-    on every rank.
+    A row that cannot be answered (no text, too long, not UTF-8) has a reason and no answer: no row is lost.
+    Collective; the same on every rank.
     """
     job = served.job
     bundle, contract = served.bundle(task), served.contract(task)

@@ -61,9 +61,8 @@ def metric_lines(promoted: list[Manifest]) -> list[str]:
         return ["ACC, BWT    not defined: an earlier task was not measured in every increment"]
     lines = [f"ACC          {100 * matrix.acc(test):.2f}"]
     if last > 1:
-        lines.append(
-            f"BWT          {100 * matrix.bwt(test, last):+.2f} on test, {100 * matrix.bwt(validation, last):+.2f} on validation"
-        )
+        on_test, on_validation = 100 * matrix.bwt(test, last), 100 * matrix.bwt(validation, last)
+        lines.append(f"BWT          {on_test:+.2f} on test, {on_validation:+.2f} on validation")
         lines.append("forgetting   " + ", ".join(f"{100 * value:.2f}" for value in matrix.forgetting(test)))
     return lines
 

@@ -20,7 +20,9 @@ from pipeline.tracking.manifest import Manifest
 
 @dataclass(frozen=True)
 class Served:
-    """A work_dir at one increment: the job to run it with, the champion of that time, the chain up to it (newest first)."""
+    """A work_dir at one increment: the job to run it with, the champion of that time, the chain up to it (newest
+    first).
+    """
 
     job: Job
     champion: Champion
@@ -46,8 +48,9 @@ class Served:
 def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] = ()) -> Served:
     """Verify the chain and load the model as it was at an increment (default: now). Collective.
 
-    Paths and placement come from the newest run.json, and `overrides` (key=value) replace them; what decides numbers comes from
-    the manifest. Raises UserError for a work_dir without increments, or a backbone that is not the one trained on.
+    Paths and placement come from the newest run.json, and `overrides` (key=value) replace them; what decides numbers
+    comes from the manifest. Raises UserError for a work_dir without increments, or a backbone that is not the one
+    trained on.
     """
     folder = Path(work_dir).expanduser().resolve()
     chain = load_chain(folder)

@@ -32,7 +32,9 @@ class PromptVariant:
 
 
 def prompt_variants(prepared: PreparedTask, tokenizer: PreTrainedTokenizerFast) -> list[PromptVariant]:
-    """The contract's prompt; the same after an instruction that lists the labels; that as a chat, where there is a template."""
+    """The contract's prompt; the same after an instruction that lists the labels; that as a chat, where there is a
+    template.
+    """
     labels = list((prepared.contract.labels or {}).values())
     if labels:
         instruction = f"Answer with one of: {', '.join(label.strip() for label in labels)}.\n\n"

@@ -1,7 +1,8 @@
-"""Which rows a step learns from, and how they are cut for ranks and forward passes. Pure functions of seed, step and lengths.
+"""Which rows a step learns from, and how they are cut for ranks and forward passes. Pure functions of seed, step and
+lengths.
 
-A global batch is a list of rows fixed by seed and step alone. It is cut into rank shares and into micro-batches of rows of like
-length under a token budget. All ranks run the same number of micro-batches; a spare one has weight 0.
+A global batch is a list of rows fixed by seed and step alone. It is cut into rank shares and into micro-batches of
+rows of like length under a token budget. All ranks run the same number of micro-batches; a spare one has weight 0.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from pipeline.files import sha256_text
 
 
 def row_order(num_rows: int, epochs: int, seed: int) -> np.ndarray:
-    """The row numbers in the order they are learned: `epochs` seeded permutations, one after another. (epochs * num_rows,)"""
+    """The row numbers in the order they are learned: `epochs` seeded permutations, one after another. (epochs *
+    num_rows,)
+    """
     drawn = [np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in range(epochs)]
     return np.concatenate(drawn)
 

@@ -1,8 +1,8 @@
 """From rows of a token shard to the tensors of one forward pass.
 
-Training rows are packed: several sequences stand one after another in a tensor row as long as the longest of them, so that
-hardly a token is padding. Position ids start again with every sequence; where no attention mask is given, transformers reads
-from them that sequences must not see each other.
+Training rows are packed: several sequences stand one after another in a tensor row as long as the longest of them,
+so that hardly a token is padding. Position ids start again with every sequence; where no attention mask is given,
+transformers reads from them that sequences must not see each other.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One training pass of one rank: B sequences in N tensor rows of S tokens, P answer tokens. Tensors on the device."""
+    """One training pass of one rank: B sequences in N tensor rows of S tokens, P answer tokens. Tensors on the
+    device.
+    """
 
     input_ids: torch.Tensor  # (N, S)
     position_ids: torch.Tensor  # (N, S), from 0 in every sequence

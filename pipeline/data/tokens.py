@@ -1,7 +1,9 @@
-"""Token shards: the clean rows of a task, tokenised once, as memory-mapped Arrow files named by the digest of their inputs.
+"""Token shards: the clean rows of a task, tokenised once, as memory-mapped Arrow files named by the digest of their
+inputs.
 
-A shard's columns: row_id, prompt_ids and answer_ids (token ids; the end-of-answer token is not stored), label (index in the
-contract's labels, -1 for generation), reference (label name or reference text), text (the contract's text column).
+A shard's columns: row_id, prompt_ids and answer_ids (token ids; the end-of-answer token is not stored), label (index
+in the contract's labels, -1 for generation), reference (label name or reference text), text (the contract's text
+column).
 """
 
 import json

@@ -20,7 +20,8 @@ from pipeline.placement.learner import Learner
 @dataclass(frozen=True)
 class Answers:
     """One answer a row. `score` is the answer's probability among the labels (classification), or the mean
-    log-probability of its tokens (generation); `label_scores` (rows, labels) are log-probabilities, None for generation."""
+    log-probability of its tokens (generation); `label_scores` (rows, labels) are log-probabilities, None for
+    generation."""
 
     answers: list[str]
     scores: np.ndarray
@@ -64,7 +65,9 @@ def answer_rows(
 
 
 def task_score(contract: TaskContract, answers: Answers, references: Sequence[str], sources: Sequence[str]) -> float:
-    """The contract's metric, in [0, 1]; `sources` are the texts the answers were made from (SARI compares with them)."""
+    """The contract's metric, in [0, 1]; `sources` are the texts the answers were made from (SARI compares with
+    them).
+    """
     return metrics.score(
         contract.metric, answers.answers, list(references), answer_match=contract.answer_match, sources=list(sources)
     )

@@ -1,8 +1,9 @@
 """Classification by scoring the label texts: one forward pass over the prompt and a trie of all labels' tokens.
 
 score(label) = sum of the log-probabilities of the label's tokens and of the end-of-answer token (METHODS section 5).
-The trie's tokens follow the prompt in the same row; an attention mask lets each see the prompt and its own ancestors only, so
-the prompt is computed once, label texts share their beginnings, and the scores equal one forward pass per label.
+The trie's tokens follow the prompt in the same row; an attention mask lets each see the prompt and its own ancestors
+only, so the prompt is computed once, label texts share their beginnings, and the scores equal one forward pass per
+label.
 
 Legend: B rows, P padded prompt length, N trie nodes, C labels.
 """
@@ -82,7 +83,9 @@ def score_prompts(
 
 
 def trie_attention(mask: torch.Tensor, trie: LabelTrie) -> torch.Tensor:
-    """(B, 1, P + N, P + N) boolean: prompt tokens are causal; a node sees the prompt's real tokens, its ancestors, itself."""
+    """(B, 1, P + N, P + N) boolean: prompt tokens are causal; a node sees the prompt's real tokens, its ancestors,
+    itself.
+    """
     batch, width = mask.shape
     total = width + trie.size
     allowed = torch.zeros(batch, total, total, dtype=torch.bool)

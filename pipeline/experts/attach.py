@@ -1,6 +1,7 @@
 """Put LoRA experts into a backbone, and name their parameters without regard to rank or world size.
 
-A *component* is what is trained and published as one: a role's LoRA expert over all layers, the gate, or the discriminator.
+A *component* is what is trained and published as one: a role's LoRA expert over all layers, the gate, or the
+discriminator.
 """
 
 from collections.abc import Mapping

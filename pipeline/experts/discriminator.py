@@ -1,10 +1,11 @@
 """The adversarial task discriminator: gradient reversal, one classifier a layer, its loss hung onto the layer's output.
 
-Why the loss is hung onto the output: under ZeRO-3 a module's parameters are present during backward only after the gradient
-of its *output* has arrived. `AttachLoss` lets the layer's own loss ride on that output, so that no pooled tensor has to
-leave the module. Source: MoE-CL, arXiv 2509.18133; what is done differently and why: METHODS section 1.
+Why the loss is hung onto the output: under ZeRO-3 a module's parameters are present during backward only after the
+gradient of its *output* has arrived. `AttachLoss` lets the layer's own loss ride on that output, so that no pooled
+tensor has to leave the module. Source: MoE-CL, arXiv 2509.18133; what is done differently and why: METHODS section 1.
 
-Legend: B sequences, N rows of S tokens that the sequences are packed into, D model width, L adapted layers, M discriminator outputs, K earlier tasks drawn.
+Legend: B sequences, N rows of S tokens that the sequences are packed into, D model width, L adapted layers, M
+discriminator outputs, K earlier tasks drawn.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ class GradientReversal(torch.autograd.Function):
 
 
 class AttachLoss(torch.autograd.Function):
-    """Return `output` unchanged; backward also sends gradient 1 to the scalar `loss`, as if it were added to the total."""
+    """Return `output` unchanged; backward also sends gradient 1 to the scalar `loss`, as if it were added to the
+    total.
+    """
 
     @staticmethod
     def forward(ctx, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -52,8 +55,9 @@ class Negatives:
 class AdversaryStep:
     """What the layers need to play the game on one micro-batch.
 
-    `scale` turns a sum of cross-entropies over this micro-batch's sequences into this micro-batch's share of the total loss:
-    weight / (layers * sequences of the global batch, negatives included), times the world size that DeepSpeed divides by.
+    `scale` turns a sum of cross-entropies over this micro-batch's sequences into this micro-batch's share of the
+    total loss: weight / (layers * sequences of the global batch, negatives included), times the world size that
+    DeepSpeed divides by.
     """
 
     pool: torch.Tensor  # (B, tokens): 1 / length at each token of a sequence, else 0
@@ -72,7 +76,9 @@ class Discriminator(nn.Linear):
     """
 
     def loss(self, pooled: torch.Tensor, step: AdversaryStep, layer: int) -> torch.Tensor:
-        """Sum of cross-entropies over the micro-batch; the gradient into `pooled` is reversed. Scalar, at least fp32."""
+        """Sum of cross-entropies over the micro-batch; the gradient into `pooled` is reversed. Scalar, at least
+        fp32.
+        """
         current = torch.full((pooled.shape[0],), step.class_index, device=pooled.device)
         total = (self._cross_entropy(GradientReversal.apply(pooled), current, step) * step.row_weight).sum()
         if step.negatives is not None:

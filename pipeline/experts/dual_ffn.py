@@ -5,7 +5,8 @@
     beta = softmax(G x)
     y = W_down (sum_e beta_e h_e) + sum_e L_down,e (beta_e h_e)
 
-The frozen down-projection is linear and the gate sums to one, so this equals mixing two whole FFNs, at one frozen matmul.
+The frozen down-projection is linear and the gate sums to one, so this equals mixing two whole FFNs, at one frozen
+matmul.
 
 Legend: B sequences, packed into N rows of S tokens; D model width, F FFN width, R LoRA rank.
 """
@@ -127,8 +128,8 @@ class ExpertFFN(nn.Module):
 
 
 def _require_input_gradient(module: ExpertFFN, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-    # ZeRO-3 collects a leaf module's gradients when that of its input is complete: below the first adapted layer nothing
-    # is trained, so its input would have none and the gradients would be collected before they are there
+    # ZeRO-3 collects a leaf module's gradients when that of its input is complete: below the first adapted layer
+    # nothing is trained, so its input would have none and the gradients would be collected before they are there
     (x,) = inputs
     if torch.is_grad_enabled() and module.training and not x.requires_grad:
         return (x.detach().requires_grad_(),)

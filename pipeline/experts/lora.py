@@ -67,7 +67,8 @@ def targeted_projections(family: DenseFamily, model: nn.Module, targets: Iterabl
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: str) -> torch.Tensor:
-    """The start value of a trainable tensor, fp32 on CPU: A is uniform as PEFT's Kaiming start, everything else is zero.
+    """The start value of a trainable tensor, fp32 on CPU: A is uniform as PEFT's Kaiming start, everything else is
+    zero.
 
     Drawn from (seed, name) alone, so that it depends on neither the world size nor the order of creation.
     """

@@ -2,9 +2,9 @@
 
 Source: arXiv 2509.18133; formulas and what is done differently: METHODS sections 1 and 2.
 
-Method state of a task (in the bank): per adapted layer the mean and variance of the pooled shared-expert output over its rows
-(the prototype, (L, D) each) and its row of the discriminator ((L, D) weight, (L,) bias), so that a later increment can pose
-the task as a class again without its data.
+Method state of a task (in the bank): per adapted layer the mean and variance of the pooled shared-expert output over
+its rows (the prototype, (L, D) each) and its row of the discriminator ((L, D) weight, (L,) bias), so that a later
+increment can pose the task as a class again without its data.
 """
 
 from typing import Literal

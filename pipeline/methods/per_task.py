@@ -1,4 +1,6 @@
-"""`per_task`: one LoRA expert a task, frozen once learned. No forgetting and no transfer: the bar to beat by transfer."""
+"""`per_task`: one LoRA expert a task, frozen once learned. No forgetting and no transfer: the bar to beat by
+transfer.
+"""
 
 from pipeline.config import Section
 from pipeline.experts.attach import ExpertPlan

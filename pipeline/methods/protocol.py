@@ -1,7 +1,8 @@
 """What a continual-learning method is to the pipeline.
 
-A method says which LoRA experts there are, what each increment starts from, what is added to the loss, and what earlier tasks
-may be served with afterwards. The loop, the stages, DeepSpeed and the bank are the same for all methods.
+A method says which LoRA experts there are, what each increment starts from, what is added to the loss, and what
+earlier tasks may be served with afterwards. The loop, the stages, DeepSpeed and the bank are the same for all
+methods.
 
 A method is one file in `pipeline/methods/` with a pydantic model `Options` and a function `build(options) -> Method`.
 """
@@ -72,7 +73,9 @@ class Method(Protocol):
         """Whether `state` needs pooled features of the new task's rows."""
 
     def state(self, pooled: tuple[torch.Tensor, torch.Tensor] | None, values: Tensors) -> Tensors:
-        """Method state of the new task to carry on: from mean and variance (L, D) of pooled features and trained values."""
+        """Method state of the new task to carry on: from mean and variance (L, D) of pooled features and trained
+        values.
+        """
 
     def published(self) -> tuple[str, ...]:
         """Components of a serving bundle."""

@@ -1,4 +1,6 @@
-"""`sequential`: one LoRA expert for all tasks, trained in turn (Seq FT-P). Every task is served with the latest: it forgets."""
+"""`sequential`: one LoRA expert for all tasks, trained in turn (Seq FT-P). Every task is served with the latest: it
+forgets.
+"""
 
 from pipeline.config import Section
 from pipeline.experts.attach import ExpertPlan

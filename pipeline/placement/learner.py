@@ -1,7 +1,7 @@
 """The model on its ranks: backbone, LoRA experts, DeepSpeed engine, from one configuration.
 
-Memory and start-up do not depend on how many tasks were learned: the engine holds one set of expert slots, filled from the
-bank (DESIGN section 9).
+Memory and start-up do not depend on how many tasks were learned: the engine holds one set of expert slots, filled
+from the bank (DESIGN section 9).
 """
 
 import json
@@ -76,7 +76,9 @@ class Learner:
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file. Raises UserError for what the stream sets itself and for stages other than 2 and 3."""
+    """Read a DeepSpeed JSON file. Raises UserError for what the stream sets itself and for stages other than 2 and
+    3.
+    """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,7 +101,9 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def engine_config(raw: dict[str, Any], config: StreamConfig) -> dict[str, Any]:
-    """The complete DeepSpeed configuration. The loop normalises the loss and marks the accumulation boundaries itself."""
+    """The complete DeepSpeed configuration. The loop normalises the loss and marks the accumulation boundaries
+    itself.
+    """
     return {
         **raw,
         "train_micro_batch_size_per_gpu": 1,

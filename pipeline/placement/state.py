@@ -1,8 +1,8 @@
 """World-size-free trainable state: full fp32 tensors out of, and into, a ZeRO-2 or ZeRO-3 engine.
 
-DeepSpeed's own checkpoint is bound to its partitioning. Here each trainable parameter is one full tensor (its fp32 master
-value and Adam's two moments) plus the number of optimizer steps, so any world size and ZeRO stage can go on from it.
-This file alone reaches into DeepSpeed's optimizer; tests/placement/test_state.py guards what it relies on.
+DeepSpeed's own checkpoint is bound to its partitioning. Here each trainable parameter is one full tensor (its fp32
+master value and Adam's two moments) plus the number of optimizer steps, so any world size and ZeRO stage can go on
+from it. This file alone reaches into DeepSpeed's optimizer; tests/placement/test_state.py guards what it relies on.
 
 Every function here is a collective: all ranks call it together.
 """
@@ -64,7 +64,9 @@ def restore_state(engine, parameters: Mapping[str, nn.Parameter], state: Trainab
 
 
 def write_weights(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    """Copy full tensors into the working weights (in their own dtype); the optimizer's master values stay as they are."""
+    """Copy full tensors into the working weights (in their own dtype); the optimizer's master values stay as they
+    are.
+    """
     by_module: dict[str, list[str]] = {}
     for name in parameters:
         by_module.setdefault(name.rsplit(".", 3)[0], []).append(name)

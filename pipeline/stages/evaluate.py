@@ -18,7 +18,9 @@ from pipeline.stages.train import Trained
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One row of R with all that led to it. `bundles` holds the bundles this increment changes, the new task's included."""
+    """One row of R with all that led to it. `bundles` holds the bundles this increment changes, the new task's
+    included.
+    """
 
     row: dict[str, float]  # test
     validation_row: dict[str, float]
@@ -82,7 +84,8 @@ def retain(
 
 
 def moves(before: "Measured", after: "Measured", margin: float | None) -> tuple[bool, float, float]:
-    """Whether a task moves to the bundle measured as `after`: (it does, gain in the metric, margin the gain must exceed).
+    """Whether a task moves to the bundle measured as `after`: (it does, gain in the metric, margin the gain must
+    exceed).
 
     Without a margin it is one standard error of the mean paired difference over the rows.
     """

@@ -48,7 +48,9 @@ class Job:
         return tensors
 
     def serve(self, bundle: Bundle) -> None:
-        """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone. Collective."""
+        """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone.
+        Collective.
+        """
         missing = {component: digest for component, digest in bundle.items() if self.loaded.get(component) != digest}
         files = self.read_bank(list(missing.values()))
         self.learner.fill(

@@ -46,7 +46,9 @@ def register(
     verdict: Verdict,
     context: Context,
 ) -> Manifest:
-    """Publish one increment, promoted or rejected. Rank 0 only. At any kill the old or the new champion stands whole."""
+    """Publish one increment, promoted or rejected. Rank 0 only. At any kill the old or the new champion stands
+    whole.
+    """
     staged = job.inflight / f"publish-{increment.number}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)

@@ -15,7 +15,9 @@ from pipeline.tracking.manifest import Manifest
 
 @dataclass(frozen=True)
 class ValidatedTask:
-    """A contract with the name of its token shards; `clean` is None where the shards of these very inputs exist already."""
+    """A contract with the name of its token shards; `clean` is None where the shards of these very inputs exist
+    already.
+    """
 
     contract: TaskContract
     shards: Path
@@ -27,8 +29,8 @@ def validate(
 ) -> ValidatedTask:
     """Check one contract and its data.
 
-    Raises UserError for a contract or data that cannot be used, rejected rows past the contract's limit (quarantine and counts
-    are written by then), or labels or prompt that changed under a version learned before.
+    Raises UserError for a contract or data that cannot be used, rejected rows past the contract's limit (quarantine
+    and counts are written by then), or labels or prompt that changed under a version learned before.
     """
     contract = load_contract(contract_path)
     for manifest in chain:  # newest first

@@ -8,8 +8,8 @@ def matrix_of(
 ) -> tuple[list[str], list[list[float | None]], list[str]]:
     """Tasks, R and row names from (task, row of R) of each promoted increment, oldest first.
 
-    A task learned again counts with its newest increment, so that R has one row and one column for each task, in the order of
-    learning; None where a task was not evaluated.
+    A task learned again counts with its newest increment, so that R has one row and one column for each task, in the
+    order of learning; None where a task was not evaluated.
     """
     newest: dict[str, tuple[int, Mapping[str, float]]] = {}
     for number, (task, row) in enumerate(learned, start=1):

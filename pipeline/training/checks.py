@@ -7,7 +7,9 @@ from pipeline.placement.learner import Learner
 
 
 def check_gradients(learner: Learner) -> None:
-    """After the first backward: every active expert's B has a gradient, nothing outside the optimizer has one. Collective."""
+    """After the first backward: every active expert's B has a gradient, nothing outside the optimizer has one.
+    Collective.
+    """
     for name, parameter in learner.parameters.items():
         if name.endswith("lora_B"):
             gradient = safe_get_full_grad(parameter)

@@ -1,4 +1,6 @@
-"""The training loop of one increment: global batches, micro-batches, loss, engine steps, in-flight state, stop on request."""
+"""The training loop of one increment: global batches, micro-batches, loss, engine steps, in-flight state, stop on
+request.
+"""
 
 import math
 import time

@@ -1,4 +1,6 @@
-"""Progress of a long piece of work as plain lines on rank 0: they read well in a terminal, a log file and a scheduler."""
+"""Progress of a long piece of work as plain lines on rank 0: they read well in a terminal, a log file and a
+scheduler.
+"""
 
 import time
 
