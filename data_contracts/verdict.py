@@ -1,6 +1,7 @@
 """The verdict on a task's data: counts that add up, told in words a business owner understands."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_contracts.contract import TaskContract
@@ -166,11 +167,16 @@ class Verdict:
 
 
 class DataRejected(UserError):
-    """The data does not keep its contract; `verdict` has the counts."""
+    """The data does not keep its contract; `verdict` has the counts, `quarantine` names the file of rejected rows."""
 
-    def __init__(self, verdict: Verdict):
-        super().__init__(f"task {verdict.task}: " + "; ".join(verdict.problems))
+    def __init__(self, verdict: Verdict, quarantine: Path | None = None):
+        listed = f" (the rejected rows are listed in {quarantine})" if quarantine else ""
+        super().__init__(f"task {verdict.task}: " + "; ".join(verdict.problems) + listed)
         self.verdict = verdict
+        self.quarantine = quarantine
+
+    def __reduce__(self):
+        return DataRejected, (self.verdict, self.quarantine)  # it travels between ranks
 
 
 def judge(

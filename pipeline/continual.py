@@ -20,7 +20,7 @@ from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
-from pipeline.increments import champion_row, inputs_key, next_increment, standing
+from pipeline.increments import champion_row, inputs_key, measurable, next_increment, standing
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading
 from pipeline.report import final_report, print_start
@@ -120,7 +120,9 @@ def learn(
 
     say(world, f"\n== increment {increment.number}: {task.task}")
     trained = train(job, increment, task, key, stop, log)
-    evaluated = evaluate(job, increment, prepared, trained)
+    stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
+    evaluated = evaluate(job, increment, measurable(prepared, task, chain, job.learning_digest), trained)
+    stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(job.config.gate, task.task, evaluated.row, champion_row(chain))
     context = Context(chain, backbone, key, run_id, started, getpass.getuser())
     manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))

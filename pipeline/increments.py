@@ -21,13 +21,26 @@ def standing(task: PreparedTask, chain: list[Manifest], learning_digest: str) ->
         if manifest.task != task.task:
             continue
         data = {split: record.digest for split, record in manifest.data.items()}
-        if manifest.contract.digest != task.contract.digest or data != task.data_digests:
-            return "new"
+        same = manifest.contract.digest == task.contract.digest and data == task.data_digests
         if manifest.verdict == "promoted":
-            return "learned"
-        if manifest.learning_digest == learning_digest:
+            return "learned" if same else "new"
+        if same and manifest.learning_digest == learning_digest:
             return "rejected"
     return "new"
+
+
+def measurable(
+    prepared: dict[str, PreparedTask], task: PreparedTask, chain: list[Manifest], learning_digest: str
+) -> dict[str, PreparedTask]:
+    """The tasks whose scores this increment's row may hold: its own, and those learned from the data at hand.
+
+    A known task with new data that is still to be learned is left out: its old score was measured on other rows.
+    """
+    return {
+        name: other
+        for name, other in prepared.items()
+        if name == task.task or standing(other, chain, learning_digest) == "learned"
+    }
 
 
 def next_increment(job: Job, task: str, chain: list[Manifest]) -> Increment:

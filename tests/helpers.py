@@ -24,14 +24,14 @@ from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
 
 END, PAD = "<|end|>", "<|pad|>"
-LABELS = {"negative": " negative", "neutral": " neutral", "positive": " positive"}
+LABELS = {"negative": " bad", "neutral": " so and so", "positive": " so good"}
 _CUES = ("broken", "plain", "lovely", "late", "odd", "cheap")  # the word of each label, in the labels' order
 _FILLERS = ("parcel", "hotel", "engine", "garden", "ticket", "camera", "printer", "jacket", "teapot", "window")
+# without the labels' words, which are therefore several tokens each, of different numbers
 _SENTENCES = [
-    f"Note {n}: the {filler} we got was {cue} again.\nAnswer:{label}"
+    f"Note {n}: the {filler} and the {filler} we got was {cue} again.\nAnswer:"
     for n, filler in enumerate(_FILLERS * 10)
     for cue in _CUES
-    for label in LABELS.values()
 ]
 ROWS = {"train": 48, "validation": 20, "test": 20}
 

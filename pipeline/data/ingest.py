@@ -88,7 +88,7 @@ def ingest(
     """
     task = examine(contract, roots, tokenizer=tokenizer, quarantine_dir=quarantine_dir)
     if not task.verdict.passed:
-        raise DataRejected(task.verdict)
+        raise DataRejected(task.verdict, task.quarantine)
     return task
 
 

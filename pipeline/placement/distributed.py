@@ -108,9 +108,16 @@ def start_world(timeout_seconds: int = 1800) -> World:
     __compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_seconds), verbose=False
-    )
+    backend = accelerator.communication_backend_name()
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} is taken, perhaps by another job on this host; start with deepspeed --master_port and a free one"
+        ) from error
     size = dist.get_world_size()
     control = None
     if size > 1:

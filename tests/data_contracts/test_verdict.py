@@ -1,6 +1,8 @@
 """The verdict: sums that hold, and words an owner understands."""
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,10 @@ def test_the_verdict_is_plain_json():
     assert content["passed"] is True
     assert content["splits"]["train"]["rejected"] == {"null": 2}
     assert content["splits"]["train"]["tokens"] == {"min": 3, "median": 5, "p95": 9, "max": 11}
+
+
+def test_a_rejection_travels_between_processes():
+    error = DataRejected(judge(CONTRACT, {"train": split(20, 8, {"null": 12})}, {}, {}), Path("rejected.parquet"))
+    arrived = pickle.loads(pickle.dumps(error))
+    assert str(arrived) == str(error) and "rejected.parquet" in str(error)
+    assert arrived.verdict == error.verdict

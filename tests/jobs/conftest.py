@@ -1,0 +1,93 @@
+"""One stream of three tasks, learned by two launches on two ranks, that several files look at from all sides."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.launch import Done, run
+
+TASKS = ("first", "second", "third")
+# everything that decides the learned numbers; dropout and clipping are on, so that what continues must carry them
+LEARNING = {
+    "method": {
+        "name": "moe_cl",
+        "lora": {"rank": 3, "alpha": 6, "dropout": 0.1},
+        "adversary": {"weight": 0.1, "negatives": "prototypes"},
+        "retention": {"policy": "best"},
+    },
+    "training": {"epochs": 2, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 5e-3, "gradient_clipping": 1.0},
+    "evaluation": {"baselines": ["zero_shot", "tfidf"]},
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the streams of this folder are made of; not to be changed."""
+
+    root: Path  # data root and contracts: <task>/{train,validation,test}.parquet, <task>.yaml
+    backbone: Path
+
+    def contract(self, task: str) -> Path:
+        """A task's contract file."""
+        return self.root / f"{task}.yaml"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A work_dir after two launches: the first `--until first`, the second to the end."""
+
+    inputs: Inputs
+    stream: Path
+    work_dir: Path
+    first: Done
+    second: Done
+    after_first: dict[str, str]  # sha256 of every file below work_dir after the first launch
+    backbone: dict[str, str]  # sha256 of every backbone file before the first launch
+
+    @property
+    def manifests(self) -> list[dict]:
+        """Oldest first, as JSON."""
+        return manifests(self.work_dir)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, backbone_dir) -> Inputs:
+    """Three tasks whose labels contradict each other, and the tiny backbone."""
+    from tests.helpers import make_task
+
+    root = tmp_path_factory.mktemp("jobs-data")
+    for turn, task in enumerate(TASKS):
+        make_task(root, task, turn=turn, seed=turn)
+    return Inputs(root, backbone_dir)
+
+
+@pytest.fixture(scope="session")
+def learned(inputs, tmp_path_factory) -> Learned:
+    """The stream learned on two ranks with ZeRO-3, in two launches."""
+    from tests.helpers import make_stream
+    from tests.jobs.many import digests
+
+    folder = tmp_path_factory.mktemp("learned")
+    work_dir = folder / "work"
+    contracts = [inputs.contract(task) for task in TASKS]
+    stream = make_stream(folder / "stream.yaml", work_dir, inputs.backbone, inputs.root, contracts, **LEARNING)
+    backbone = digests(inputs.backbone)
+    first = run("jobs/continual.py", "--stream", stream, "--until", "first", ranks=2)
+    after_first = digests(work_dir)
+    second = run("jobs/continual.py", "--stream", stream, ranks=2)
+    return Learned(inputs, stream, work_dir, first, second, after_first, backbone)
+
+
+@pytest.fixture
+def copy(learned, tmp_path) -> Path:
+    """A copy of the learned work_dir, to be changed."""
+    return Path(shutil.copytree(learned.work_dir, tmp_path / "copy"))
+
+
+def manifests(work_dir: Path) -> list[dict]:
+    """The manifests of a work_dir, oldest first, as JSON."""
+    files = sorted((work_dir / "increments").glob("*/manifest.json"))
+    return [json.loads(file.read_text()) for file in files]

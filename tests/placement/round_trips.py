@@ -1,0 +1,161 @@
+"""Case `round_trips` of the multi-process worker: state out of and into one live engine, compared to the bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.backbones.load import load_tokenizer
+from pipeline.config import StreamConfig, build_method
+from pipeline.continual import prepare_tasks
+from pipeline.data.batching import global_batch, row_order
+from pipeline.methods.protocol import Increment, Tensors
+from pipeline.placement.distributed import World
+from pipeline.placement.learner import Learner, build_learner
+from pipeline.placement.state import (
+    MOMENTS,
+    TrainableState,
+    full_shape,
+    gather_state,
+    gather_values,
+    gathered,
+    restore_state,
+    write_weights,
+)
+from pipeline.training.loop import run_global_batch
+
+
+def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Names of tensors that differ, by check (all lists should be empty), and how the engine holds its state."""
+    config = StreamConfig.model_validate(case["stream"])
+    method = build_method(config)
+    tokenizer = load_tokenizer(config.backbone)
+    rows = prepare_tasks(config, tokenizer, world, [], None)["first"].rows("train", None, config.seed)
+    order = row_order(len(rows), 1, config.seed)
+
+    def build() -> tuple[Learner, Callable[[int, int], None]]:
+        learner = build_learner(config, method.plan, world, train=True)
+        method.begin(Increment(1, "first", config.seed, {}, {}), learner.ffns, {})
+        learner.set_active(method.plan.roles)
+        learner.model.train()
+
+        def steps(first: int, last: int) -> None:
+            for step in range(first, last):
+                chosen = global_batch(order, step, config.training.batch_size)
+                run_global_batch(learner, method, config, rows, chosen, step, config.seed)
+                learner.engine.step()
+
+        return learner, steps
+
+    learner, steps = build()
+    parameters = learner.parameters
+    dtype = getattr(torch, config.backbone.dtype)
+    shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
+    start, other = random_values(shapes, seed=1), random_values(shapes, seed=2)
+    differing: dict[str, list[str]] = {}
+
+    restore_state(learner.engine, parameters, TrainableState(start, {}, 0))
+    differing["start values in the master copy"] = differences(gather_values(parameters), start)
+    differing["start values in the working weights"] = differences(working(parameters), cast(start, dtype))
+
+    steps(0, 2)
+    early = gather_state(parameters, 2)
+    differing["working weights after two steps"] = differences(working(parameters), cast(early.values, dtype))
+    steps(2, 4)
+    late = gather_state(parameters, 4)
+    counts = adam_counts(learner)
+
+    restore_state(learner.engine, parameters, early)
+    differing["restored state"] = state_differences(gather_state(parameters, 2), early)
+    differing["restored working weights"] = differences(working(parameters), cast(early.values, dtype))
+    differing["Adam's step after restoring"] = [str(n) for n in adam_counts(learner) if n != 2]
+    steps(2, 4)
+    differing["trained again"] = state_differences(gather_state(parameters, 4), late)
+
+    write_weights(parameters, other)
+    differing["written working weights"] = differences(working(parameters), cast(other, dtype))
+    differing["master copy after writing weights"] = state_differences(gather_state(parameters, 4), late)
+    held = how_held(learner, shapes)
+    learner.engine.destroy()
+
+    learner, steps = build()
+    restore_state(learner.engine, learner.parameters, early)
+    differing["restored into a new engine"] = state_differences(gather_state(learner.parameters, 2), early)
+    steps(2, 4)
+    differing["trained on in a new engine"] = state_differences(gather_state(learner.parameters, 4), late)
+    differing["working weights in a new engine"] = differences(working(learner.parameters), cast(late.values, dtype))
+    learner.engine.destroy()
+    return {
+        "differing": differing,
+        "tensors": len(parameters),
+        "unmoved": differences(late.values, early.values, equal=True),
+        "adam_steps": counts,
+        "held": held,
+    }
+
+
+def random_values(shapes: dict[str, torch.Size], seed: int) -> Tensors:
+    """fp32 values, none of them zero or exact in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+
+
+def cast(values: Tensors, dtype: torch.dtype) -> Tensors:
+    return {name: value.to(dtype) for name, value in values.items()}
+
+
+def working(parameters) -> Tensors:
+    """The whole weights that the forward pass uses."""
+    values = {}
+    for name, parameter in parameters.items():
+        with gathered([parameter]):
+            values[name] = parameter.data.detach().cpu().clone()
+    return values
+
+
+def differences(first: Tensors, second: Tensors, *, equal: bool = False) -> list[str]:
+    """Names whose tensors differ in a bit (with `equal`: do not)."""
+    assert first.keys() == second.keys()
+    return [name for name in first if torch.equal(first[name], second[name]) == equal]
+
+
+def state_differences(first: TrainableState, second: TrainableState) -> list[str]:
+    """`differences` over values and moments."""
+    found = differences(first.values, second.values)
+    for moment in MOMENTS:
+        found += [f"{moment} {name}" for name in differences(first.moments[moment], second.moments[moment])]
+    return found
+
+
+def adam_counts(learner: Learner) -> list[float]:
+    """Adam's step counter of every flat partition."""
+    return [float(state["step"]) for state in learner.engine.optimizer.optimizer.state.values()]
+
+
+def how_held(learner: Learner, shapes: dict[str, torch.Size]) -> dict[str, Any]:
+    """How this engine lays out its optimizer state: what `placement/state.py` relies on."""
+    zero = learner.engine.optimizer
+    held: dict[str, Any] = {
+        "class": type(zero).__name__,
+        "adam_class": f"{type(zero.optimizer).__module__}.{type(zero.optimizer).__name__}",
+        "adam_keys": sorted({key for state in zero.optimizer.state.values() for key in state}),
+        "dtypes": sorted({str(tensor.dtype) for tensor in zero.optimizer.state}),
+        "sizes": {name: shape.numel() for name, shape in shapes.items()},
+    }
+    if learner.engine.zero_optimization_stage() == 3:
+        held["flat"] = [tensor.numel() for tensor in zero.fp32_partitioned_groups_flat]
+        held["keys_are_flat"] = {id(t) for t in zero.optimizer.state} == {
+            id(t) for t in zero.fp32_partitioned_groups_flat
+        }
+        held["parts"] = {name: parameter.ds_tensor.ds_numel for name, parameter in learner.parameters.items()}
+        held["sharded"] = [
+            name for name, parameter in learner.parameters.items() if parameter.ds_status.name == "NOT_AVAILABLE"
+        ]
+        held["persistent"] = [name for name, parameter in learner.parameters.items() if parameter.ds_persist]
+    else:
+        held["flat"] = [tensor.numel() for tensor in zero.single_partition_of_fp32_groups]
+        held["keys_are_flat"] = {id(t) for t in zero.optimizer.state} == {
+            id(t) for t in zero.single_partition_of_fp32_groups
+        }
+    return held
