@@ -48,7 +48,7 @@ def prompt_variants(prepared: PreparedTask, tokenizer: PreTrainedTokenizerFast) 
     if tokenizer.chat_template:
         message = [{"role": "user", "content": instruction + _HOLE}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, after = (tuple(ids) for ids in answer_tokens(tokenizer, text.split(_HOLE)))
+        before, after = (tuple(tokenizer.encode(part, add_special_tokens=False)) for part in text.split(_HOLE))
         bare = tuple(map(tuple, answer_tokens(tokenizer, [label.strip() for label in labels]))) if labels else ()
         variants.append(PromptVariant("chat", before, after, bare))
     return variants

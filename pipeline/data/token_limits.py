@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from data_contracts.contract import TaskContract
 from pipeline.data.prompts import rendered
@@ -14,15 +15,24 @@ from pipeline.data.prompts import rendered
 _BATCH = 4096
 
 
+def text_tokenizer(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> Tokenizer:
+    """A copy of a fast tokenizer for texts that are not ours: no padding, no truncation, and a special token's name
+    inside a text is read as plain text, so that no text can end a prompt or speak as another role.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    copied = Tokenizer.from_str(backend.to_str())
+    copied.no_padding()
+    copied.no_truncation()
+    copied.encode_special_tokens = True
+    return copied
+
+
 class TokenCounter:
-    """Counts tokens with a copy of a fast tokenizer in which padding and truncation are off."""
+    """Counts tokens of texts, as `text_tokenizer` reads them."""
 
     def __init__(self, tokenizer):
         """`tokenizer` is a Hugging Face fast tokenizer (it has `backend_tokenizer`) or a `tokenizers.Tokenizer`."""
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self._tokenizer = Tokenizer.from_str(backend.to_str())
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = text_tokenizer(tokenizer)
 
     def prompts(self, texts: list[str]) -> np.ndarray:
         """Tokens of each prompt, with the special tokens the tokenizer puts around a text (such as a start token)."""

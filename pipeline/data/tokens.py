@@ -19,12 +19,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from data_contracts import TaskContract
 from pipeline.data.batching import select_rows
 from pipeline.data.ingest import CleanTask
+from pipeline.data.token_limits import text_tokenizer
 from pipeline.files import canonical_json, sha256_text, write_atomic
 
 SHARD_FORMAT = 1
@@ -88,19 +88,19 @@ def shard_digest(contract_digest: str, file_digests: dict[str, str], tokenizer_d
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """Digest of what the tokenizer does to a text."""
-    return sha256_text(_encoder(tokenizer).to_str())
+    return sha256_text(text_tokenizer(tokenizer).to_str())
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of prompts, with the beginning-of-sequence token where the tokenizer adds one, never an end token."""
-    encoded = [encoding.ids for encoding in _encoder(tokenizer).encode_batch_fast(texts)]
+    encoded = [encoding.ids for encoding in text_tokenizer(tokenizer).encode_batch_fast(texts)]
     end = tokenizer.eos_token_id
     return [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of answers, tokenised apart from the prompt, no special tokens."""
-    return [e.ids for e in _encoder(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+    return [e.ids for e in text_tokenizer(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def write_shards(clean: CleanTask, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -152,14 +152,6 @@ def open_shards(contract: TaskContract, folder: Path) -> PreparedTask:
         counts=meta["counts"],
         files=tuple(meta["files"]),
     )
-
-
-def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    # a tokenizer's file, or an earlier call, may have left padding or truncation on: rows are neither filled nor cut
-    encoder = tokenizer.backend_tokenizer
-    encoder.no_padding()
-    encoder.no_truncation()
-    return encoder
 
 
 def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:

@@ -116,7 +116,7 @@ def start_world(timeout_seconds: int = 1800) -> World:
             raise
         port = os.environ["MASTER_PORT"]
         raise UserError(
-            f"port {port} is taken, perhaps by another job on this host; start with deepspeed --master_port and a free one"
+            f"port {port} is taken, perhaps by another job on this host; name a free one with deepspeed --master_port"
         ) from error
     size = dist.get_world_size()
     control = None

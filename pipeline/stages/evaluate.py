@@ -12,6 +12,7 @@ from pipeline.benchmarks.baselines import tfidf_score, zero_shot_score
 from pipeline.data.tokens import SPLITS, PreparedTask, RowView
 from pipeline.evaluation.predict import Answers, answer_rows, row_scores, task_score
 from pipeline.methods.protocol import Bundle, Increment, Method
+from pipeline.stages.gate import ROUNDING
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
 
@@ -93,7 +94,7 @@ def moves(before: "Measured", after: "Measured", margin: float | None) -> tuple[
     if margin is None:
         difference = after.row_scores() - before.row_scores()
         margin = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0
-    return gain > margin, gain, margin
+    return gain > margin + ROUNDING, gain, margin
 
 
 @dataclass(frozen=True)

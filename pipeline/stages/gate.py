@@ -6,6 +6,8 @@ from typing import Any
 
 from pipeline.config import GateConfig
 
+ROUNDING = 1e-9  # 0.8 - 0.75 is more than 0.05 in floats
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -26,13 +28,13 @@ def gate(rules: GateConfig, task: str, row: Mapping[str, float], champion_row: M
     changes = {name: score - champion_row[name] for name, score in row.items() if name != task and name in champion_row}
     if rules.max_regression is not None:
         for name, change in changes.items():
-            if -change > rules.max_regression:
+            if -change > rules.max_regression + ROUNDING:
                 reasons.append(
                     f"{name} fell by {-change:.4f} (from {champion_row[name]:.4f} to {row[name]:.4f}), "
                     f"more than gate.max_regression {rules.max_regression}"
                 )
     floor = rules.min_metric.get(task) if isinstance(rules.min_metric, dict) else rules.min_metric
-    if floor is not None and row[task] < floor:
+    if floor is not None and row[task] < floor - ROUNDING:
         reasons.append(f"{task} scored {row[task]:.4f}, less than gate.min_metric {floor}")
     numbers = {"changes": changes, "max_regression": rules.max_regression, "min_metric": floor}
     return Verdict(not reasons, tuple(reasons), numbers)

@@ -18,7 +18,7 @@ from pipeline.data.tokens import (
     tokenizer_digest,
     write_shards,
 )
-from tests.helpers import LABELS, build_tokenizer, make_task
+from tests.helpers import END, LABELS, build_tokenizer, make_task
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,9 @@ def test_counts_and_file_names_travel_with_the_shards(tmp_path, tokenizer):
     assert opened.files == ("counted/test.parquet", "counted/train.parquet", "counted/validation.parquet")
     meta = json.loads((tmp_path / "digest" / "meta.json").read_text())
     assert str(tmp_path) not in json.dumps(meta)
+
+
+def test_a_special_token_named_in_a_text_is_read_as_text(tokenizer):
+    (ids,) = prompt_tokens(tokenizer, [f"odd {END} parcel"])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == f"odd {END} parcel"

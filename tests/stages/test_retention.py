@@ -1,0 +1,236 @@
+"""What earlier tasks are served with, whether a task is to be learned, and the matrix that the chain tells (METHODS 2)."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data_contracts import load_contract
+from pipeline.evaluation.predict import Answers
+from pipeline.increments import champion_row, learned_order, measurable, standing
+from pipeline.methods.moe_cl import Options, build
+from pipeline.methods.protocol import PlainLora, RetentionOptions
+from pipeline.stages.evaluate import Measured, moves, retain
+from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.matrix_rows import matrix_of
+
+REFERENCES = ["negative", "neutral", "positive", "neutral", "negative", "positive", "neutral", "positive"]
+
+
+def measured(contract, wrong: set[int]) -> Measured:
+    """A measurement of eight rows of which those in `wrong` are answered wrongly; the score is its accuracy."""
+    swap = {"negative": "neutral", "neutral": "positive", "positive": "negative"}
+    answers = [swap[name] if row in wrong else name for row, name in enumerate(REFERENCES)]
+    columns = {"reference": REFERENCES, "text": [""] * 8}
+    rows = SimpleNamespace(column=columns.__getitem__)
+    return Measured(contract, Answers(answers, np.ones(8), None), rows, 1 - len(wrong) / 8)
+
+
+@pytest.fixture(scope="module")
+def contract(data_root):
+    return load_contract(data_root / "first.yaml")
+
+
+# ---------------------------------------------------------------- moves()
+
+
+def test_the_default_margin_is_one_paired_standard_error(contract):
+    # differences per row: +1 +1 +1 -1 0 0 0 0: gain 2/8; variance (4 - 8 * (1/4)^2) / 7 = 1/2; error sqrt(1/2 / 8) = 1/4
+    better, gain, margin = moves(measured(contract, {0, 1, 2}), measured(contract, {3}), None)
+    assert (gain, margin) == pytest.approx((0.25, 0.25)) and not better  # not more than the margin
+    # +1 +1 +1 0 0 0 0 0: gain 3/8; variance (3 - 8 * 9/64) / 7 = 15/56; error sqrt(15/448) = 0.183
+    better, gain, margin = moves(measured(contract, {0, 1, 2}), measured(contract, set()), None)
+    assert (gain, margin) == pytest.approx((0.375, (15 / 448) ** 0.5)) and better
+
+
+def test_equal_answers_do_not_move(contract):
+    assert moves(measured(contract, {1}), measured(contract, {1}), None) == (False, 0.0, 0.0)
+    assert moves(measured(contract, {1}), measured(contract, {1}), 0.0)[0] is False
+
+
+def test_a_loss_never_moves(contract):
+    for wrong in ({0}, {0, 1}, set(range(8))):
+        assert moves(measured(contract, set()), measured(contract, wrong), None)[0] is False
+        assert moves(measured(contract, set()), measured(contract, wrong), 0.0)[0] is False
+
+
+@pytest.mark.parametrize(("margin", "better"), [(0.0, True), (0.12, True), (0.125, False), (0.2, False)])
+def test_a_margin_of_ones_own_must_be_exceeded(contract, margin, better):
+    assert moves(measured(contract, {1}), measured(contract, set()), margin) == (better, 0.125, margin)
+
+
+def test_a_gain_of_just_the_margin_does_not_move_whatever_the_rounding(contract):
+    any_rows = measured(contract, {1})
+    before, after = (Measured(contract, any_rows.answers, any_rows.rows, score) for score in (0.75, 0.8))
+    assert after.score - before.score > 0.05  # what floats make of it
+    assert moves(before, after, 0.05)[0] is False
+
+
+# ---------------------------------------------------------------- retain()
+
+OLD = {"shared": "s1", "dedicated": "d1", "gate": "g1"}
+NEW = {"shared": "s2", "dedicated": "d2", "gate": "g2"}
+MOVED = {"shared": "s2", "dedicated": "d1", "gate": "g1"}
+
+
+def never(bundle):
+    raise AssertionError("nothing needs to be measured")
+
+
+def method(policy: str, margin: float | None = None):
+    return build(Options(retention=RetentionOptions(policy=policy, margin=margin)))
+
+
+def test_pin_and_follow_measure_nothing():
+    assert retain(method("pin"), OLD, NEW, never) == (OLD, {"policy": "pin", "moved": False})
+    assert retain(method("follow"), OLD, NEW, never) == (MOVED, {"policy": "follow", "moved": True})
+
+
+def test_a_method_that_cannot_move_stays_under_every_policy():
+    for policy in ("pin", "follow", "best"):
+        bundle, told = retain(PlainLora(None, RetentionOptions(policy=policy)), OLD, NEW, never)
+        assert bundle == OLD and told["moved"] is False
+
+
+@pytest.mark.parametrize(("after", "expected"), [(set(), MOVED), ({0, 1, 2}, OLD), ({0, 1, 2, 3}, OLD), ({0, 1, 3}, OLD)])
+def test_best_moves_only_if_validation_is_better_by_more_than_the_margin(contract, after, expected):
+    scores = {"s1": measured(contract, {0, 1, 2}), "s2": measured(contract, after)}
+    asked = []
+
+    def on_validation(bundle):
+        asked.append(bundle)
+        return scores[bundle["shared"]]
+
+    bundle, told = retain(method("best"), OLD, NEW, on_validation)
+    assert bundle == expected and asked == [OLD, MOVED]
+    assert told["moved"] is (expected is MOVED) and told["policy"] == "best"
+    assert told["gain"] == pytest.approx((3 - len(after)) / 8)
+    assert scores[bundle["shared"]].score >= scores["s1"].score  # BWT on validation is not negative
+
+
+# ---------------------------------------------------------------- standing()
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prepared(task: str = "a", version: str = "1", data: str = "1"):
+    """A prepared task, as far as its standing depends on it."""
+    digests = {split: sha(f"{task}/{split}/{data}") for split in ("train", "validation", "test")}
+    return SimpleNamespace(task=task, contract=SimpleNamespace(digest=sha(f"{task}/v{version}")), data_digests=digests)
+
+
+def chain_of(*entries: tuple[str, str, str, str, str]) -> list[Manifest]:
+    """Manifests, newest first, of (task, contract version, data, learning, verdict), oldest first."""
+    manifests: list[Manifest] = []
+    for number, (task, version, data, learning, verdict) in enumerate(entries, start=1):
+        what = prepared(task, version, data)
+        told = {"name": learning}
+        manifests.append(
+            Manifest(
+                increment=number,
+                task=task,
+                parent=manifests[-1].sha256 if manifests else None,
+                contract={"version": "1.0.0", "digest": what.contract.digest, "labels": None, "prompt": "{text}"},
+                data={
+                    split: {"digest": digest, "rows_in": 1, "kept": 1, "rejected": {}}
+                    for split, digest in what.data_digests.items()
+                },
+                learning=told,
+                learning_digest=sha(json.dumps(told, separators=(",", ":"))),
+                backbone={"digest": sha("backbone"), "model_type": "llama", "dtype": "float32"},
+                method="moe_cl",
+                verdict=verdict,
+                bundles={task: {"adapter": sha(str(number))}} if verdict == "promoted" else {},
+                bank={},
+                state={},
+                row={task: number / 10} | {m.task: number / 10 for m in manifests},
+                validation_row={},
+                files={},
+                gate={},
+                versions={},
+            )
+        )
+    return manifests[::-1]
+
+
+def stands(what, *entries, learning: str = "x") -> str:
+    return standing(what, chain_of(*entries), sha(json.dumps({"name": learning}, separators=(",", ":"))))
+
+
+PROMOTED, REJECTED = ("a", "1", "1", "x", "promoted"), ("a", "1", "1", "x", "rejected")
+OTHER = ("b", "1", "1", "x", "promoted")
+
+
+def test_a_task_the_chain_does_not_know_is_new():
+    assert stands(prepared()) == "new"
+    assert stands(prepared(), OTHER) == "new"
+
+
+def test_a_promoted_task_is_learned_whatever_came_after_and_however_it_would_be_learned_now():
+    assert stands(prepared(), PROMOTED) == "learned"
+    assert stands(prepared(), PROMOTED, OTHER, learning="y") == "learned"
+
+
+@pytest.mark.parametrize("changed", [{"version": "2"}, {"data": "2"}])
+def test_a_new_contract_or_new_data_makes_a_known_task_new(changed):
+    assert stands(prepared(**changed), PROMOTED) == "new"
+    assert stands(prepared(**changed), REJECTED) == "new"
+
+
+def test_the_same_inputs_are_not_trained_again_after_a_rejection():
+    assert stands(prepared(), REJECTED) == "rejected"
+    assert stands(prepared(), REJECTED, OTHER) == "rejected"
+    assert stands(prepared(), REJECTED, learning="y") == "new"  # another learning configuration is another try
+    assert stands(prepared(), REJECTED, ("a", "1", "1", "y", "rejected")) == "rejected"  # both were tried
+    assert stands(prepared(), REJECTED, ("a", "1", "1", "y", "promoted")) == "learned"
+
+
+def test_a_rejected_new_version_leaves_the_learned_one_learned():
+    rejected_second = ("a", "2", "2", "x", "rejected")
+    assert stands(prepared(version="2", data="2"), PROMOTED, rejected_second) == "rejected"
+    assert stands(prepared(), PROMOTED, rejected_second) == "learned"  # back to what is served
+
+
+def test_going_back_to_an_older_version_is_new_once_the_newer_one_is_served():
+    assert stands(prepared(), PROMOTED, ("a", "2", "1", "x", "promoted")) == "new"
+
+
+def test_a_row_measures_the_new_task_and_those_learned_from_the_data_at_hand():
+    chain = chain_of(PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"))
+    tasks = {"a": prepared(data="2"), "b": prepared("b"), "c": prepared("c"), "d": prepared("d"), "e": prepared("e")}
+    learning = sha(json.dumps({"name": "x"}, separators=(",", ":")))
+    assert set(measurable(tasks, tasks["d"], chain, learning)) == {"b", "d"}
+
+
+# ---------------------------------------------------------------- the order, the champion's row, the matrix
+
+
+def test_the_order_is_by_newest_promotion():
+    assert learned_order([]) == ()
+    assert learned_order(["a", "b", "c"]) == ("a", "b", "c")
+    assert learned_order(["a", "b", "a", "c", "b"]) == ("a", "c", "b")
+
+
+def test_the_champions_row_holds_each_tasks_newest_promoted_score():
+    chain = chain_of(PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"))
+    assert champion_row(chain) == {"a": 0.2, "b": 0.2}  # increment 3 was rejected: its row does not count
+    assert champion_row([]) == {}
+
+
+def test_the_matrix_has_a_row_and_a_column_for_each_task_in_the_order_of_learning():
+    tasks, rows, names = matrix_of([("a", {"a": 0.9}), ("b", {"a": 0.8, "b": 0.7}), ("c", {"c": 0.6, "b": 0.5})])
+    assert tasks == ["a", "b", "c"] and names == ["after a", "after b", "after c"]
+    assert rows == [[0.9, None, None], [0.8, 0.7, None], [None, 0.5, 0.6]]
+
+
+def test_a_task_learned_again_counts_with_its_newest_increment():
+    tasks, rows, names = matrix_of([("a", {"a": 0.9}), ("b", {"a": 0.8, "b": 0.7}), ("a", {"a": 0.95, "b": 0.6})])
+    assert tasks == ["b", "a"] and rows == [[0.7, 0.8], [0.6, 0.95]] and names == ["after b", "after a"]
+
+
+def test_no_increment_is_an_empty_matrix():
+    assert matrix_of([]) == ([], [], [])
