@@ -21,7 +21,7 @@ from data_contracts.errors import UserError
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class BackboneConfig(Section):
@@ -107,7 +107,10 @@ class StreamConfig(Section):
     def _method_options(self) -> "StreamConfig":
         options = dict(self.method)
         name = options.pop("name", None)
-        parsed = method_module(name).Options.model_validate(options)
+        try:
+            parsed = method_module(name).Options.model_validate(options)
+        except ValidationError as error:
+            raise ValueError(describe(error, "method.")) from None
         object.__setattr__(self, "method", {"name": name, **parsed.model_dump(mode="json")})
         return self
 
@@ -177,11 +180,11 @@ def override_config(raw: dict[str, Any], overrides: Sequence[str], where: str) -
         raise UserError(f"{where}: {describe(error)}") from error
 
 
-def describe(error: ValidationError) -> str:
-    """A pydantic error as one sentence: each key with what is wrong and, for unknown keys, that it is unknown."""
+def describe(error: ValidationError, prefix: str = "") -> str:
+    """A pydantic error as one sentence: each key, after `prefix`, with what is wrong; unknown keys are called so."""
     parts = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        where = prefix + ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown key '{where}'; remove it or correct its spelling")
             continue

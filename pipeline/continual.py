@@ -20,7 +20,7 @@ from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
-from pipeline.increments import champion_row, inputs_key, measurable, next_increment, standing
+from pipeline.increments import champion_row, check_same_model, inputs_key, measurable, next_increment, standing
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading
 from pipeline.report import final_report, print_start
@@ -53,13 +53,13 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
     chain = world.on_main(lambda: open_work_dir(work_dir))
-    prepared = prepare_tasks(config, tokenizer, world, chain, until)
     backbone = world.on_main(lambda: backbone_record(config))
+    check_same_model(config, backbone, chain)
+    prepared = prepare_tasks(config, tokenizer, world, chain, until)
     learner = build_learner(config, method.plan, world, train=True)
     job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {})
-    tracker = Tracker(work_dir, config.stream, config.tracking) if world.is_main else None
+    tracker = open_tracker(config, world, chain)
     if world.is_main:
-        catch_up(tracker, work_dir, chain)
         print_start(config, world, learner, prepared, chain)
     code = EXIT_DONE
     try:
@@ -157,6 +157,11 @@ def prepare_tasks(
     names = [contract.task for contract, _ in results]
     if until is not None and until not in names:
         raise UserError(f"--until {until}: the stream has no such task; it has {', '.join(names)}")
+    floors = config.gate.min_metric if isinstance(config.gate.min_metric, dict) else {}
+    if unknown := [name for name in floors if name not in names]:
+        raise UserError(
+            f"gate.min_metric names {unknown[0]!r}, which is no task of the stream; it has {', '.join(names)}"
+        )
     last = names.index(until) + 1 if until else len(names)
     return {name: open_shards(*result) for name, result in zip(names[:last], results, strict=False)}
 
@@ -190,6 +195,18 @@ def open_work_dir(work_dir: Path) -> list[Manifest]:
         raise UserError(f"work_dir {work_dir}: cannot be written ({error.strerror}); choose another") from error
     clean_left_overs(work_dir)
     return load_chain(work_dir)
+
+
+def open_tracker(config: StreamConfig, world: World, chain: list[Manifest]) -> Tracker | None:
+    """Rank 0's tracker, which knows of every published increment. Its UserError is raised on every rank."""
+    opened: list[Tracker] = []
+
+    def work() -> None:
+        opened.append(Tracker(config.work_path(), config.stream, config.tracking))
+        catch_up(opened[0], config.work_path(), chain)
+
+    world.on_main(work)
+    return opened[0] if opened else None
 
 
 def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:

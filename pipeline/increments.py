@@ -2,12 +2,40 @@
 
 from typing import Literal
 
+from data_contracts.errors import UserError
+from pipeline.config import StreamConfig
 from pipeline.data.tokens import PreparedTask
 from pipeline.files import canonical_json, sha256_text
 from pipeline.methods.protocol import Increment
 from pipeline.stages.job import Job
 from pipeline.tracking.chain import fold
 from pipeline.tracking.manifest import Manifest
+
+
+def check_same_model(config: StreamConfig, backbone: dict[str, str], chain: list[Manifest]) -> None:
+    """Raise UserError where the stream describes another model than the one the published experts belong to.
+
+    An expert's tensors mean something only with their backbone, rank, scale and targets. A rejected increment binds
+    nothing.
+    """
+    promoted = next((manifest for manifest in chain if manifest.verdict == "promoted"), None)
+    if promoted is None:
+        return
+    then, now = promoted.learning["method"], config.method
+    pairs = {
+        "backbone.path": (promoted.backbone.digest, backbone["digest"]),
+        "backbone.dtype": (promoted.backbone.dtype, backbone["dtype"]),
+        "method.name": (then["name"], now["name"]),
+    }
+    if then["name"] == now["name"]:
+        shape = {key: (value, now["lora"][key]) for key, value in then.get("lora", {}).items() if key != "dropout"}
+        pairs |= {f"method.lora.{key}": pair for key, pair in shape.items()}
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise UserError(
+                f"{key}: increment {promoted.increment} of this work_dir was learned with {old}, the stream now has "
+                f"{new}, which the published experts do not fit; set it back or name a new work_dir"
+            )
 
 
 def standing(task: PreparedTask, chain: list[Manifest], learning_digest: str) -> Literal["new", "learned", "rejected"]:

@@ -1,10 +1,11 @@
-"""Small real things for tests: a tokenizer, tiny backbones, tasks with learnable text, a stream, a learner without an engine.
+"""Small real things for tests: a tokenizer, tiny backbones, learnable tasks, a stream, a learner without an engine.
 
 Nothing here needs the network, the demo's assets or a launcher.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,11 @@ def make_task(
     turn: int = 0,
     **changes: Any,
 ) -> Path:
-    """Write <folder>/<name>/{train,validation,test}.parquet and the contract <folder>/<name>.yaml; returns the contract's path.
+    """Write <folder>/<name>/{train,validation,test}.parquet and the contract <folder>/<name>.yaml; returns the latter.
 
-    The data root is `folder`. A classification row's label shows in one cue word (`turn` shifts which word means which label,
-    so that tasks can contradict each other); a generation row is answered by the first thing it names. `changes` replace contract fields.
+    The data root is `folder`. A classification row's label shows in one cue word (`turn` shifts which word means which
+    label, so that tasks can contradict each other); a generation row is answered by the first thing it names.
+    `changes` replace contract fields.
     """
     labels = dict(labels or LABELS)
     draw = random.Random(f"{name}/{seed}")
@@ -151,9 +153,7 @@ def stream_dict(work_dir: Path, backbone: Path, root: Path, tasks: Sequence[Path
     return stream
 
 
-def make_stream(
-    path: Path, work_dir: Path, backbone: Path, root: Path, tasks: Sequence[Path], **sections: Any
-) -> Path:
+def make_stream(path: Path, work_dir: Path, backbone: Path, root: Path, tasks: Sequence[Path], **sections: Any) -> Path:
     """Write `stream_dict` as a YAML file; returns its path."""
     path.write_text(yaml.safe_dump(stream_dict(work_dir, backbone, root, tasks, **sections)), encoding="utf-8")
     return path
@@ -198,6 +198,18 @@ def ragged(lengths: Sequence[int], vocab_size: int, seed: int = 0, lowest: int =
     return [torch.randint(lowest, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
+@contextmanager
+def recorded_inputs(learner: Learner) -> Iterator[list[torch.Tensor]]:
+    """The input of every expert FFN, first layer first, as forward passes reach them inside the context."""
+    inputs: list[torch.Tensor] = []
+    hooks = [ffn.register_forward_hook(lambda _, args, out: inputs.append(args[0].detach())) for ffn in learner.ffns]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Copies of the gradients of all that asks for one; zero where none came."""
     return {
@@ -211,5 +223,3 @@ def largest_difference(first: Mapping[str, torch.Tensor], second: Mapping[str, t
     """max |a - b| over all tensors of two mappings with the same names."""
     assert first.keys() == second.keys() and first, (sorted(first), sorted(second))
     return max(float((first[name] - second[name]).abs().max()) for name in first)
-
-

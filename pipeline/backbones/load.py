@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -30,14 +32,23 @@ def load_config(config: BackboneConfig) -> PreTrainedConfig:
             f"backbone.path '{config.path}' is not a folder with a config.json; "
             "correct it, or run 'python jobs/demo.py' to make the demo backbone"
         )
-    if not list(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise UserError(
             f"backbone.path '{config.path}' has no *.safetensors; convert the weights (pickles are never read)"
         )
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header and holds it against the file's length
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({_one_line(error)}); fetch the backbone again") from error
     try:
         return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"backbone.path '{config.path}': transformers cannot read its config.json ({error})") from error
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        raise UserError(
+            f"backbone.path '{config.path}': transformers cannot read its config.json ({_one_line(error)})"
+        ) from error
 
 
 def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
@@ -45,7 +56,9 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"backbone.path '{config.path}': transformers cannot read its tokenizer ({error})") from error
+        raise UserError(
+            f"backbone.path '{config.path}': transformers cannot read its tokenizer ({_one_line(error)})"
+        ) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"backbone.path '{config.path}' needs a fast tokenizer with an end-of-sequence token")
     return tokenizer
@@ -79,3 +92,7 @@ def backbone_digest(path: str) -> str:
         if file.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"}
     )
     return sha256_text(canonical_json({name: sha256_file(Path(path) / name) for name in names}))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

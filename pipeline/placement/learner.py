@@ -94,7 +94,8 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
             raise UserError(
                 f"deepspeed: {path} sets '{key}', which the stream sets by {owner}; remove it from the file"
             )
-    stage = raw.get("zero_optimization", {}).get("stage")
+    zero = raw.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (2, 3):
         raise UserError(f"deepspeed: {path} has zero_optimization.stage {stage}; this pipeline runs stages 2 and 3")
     return raw

@@ -49,13 +49,24 @@ class Tracker:
             raise UserError(f"tracking.registered_model: {self.registered_model!r} holds a quote, / or :; rename it")
         self.uri = settings.uri or default_uri(self.work_dir)
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        self.client = open_client(self.uri)
-        self.experiment_id = self._experiment(settings)
-        self.registry = Registry(self.client, self._model())
-        self.parent = self._run(stream_name, ["stream", stream_name, str(self.work_dir)], {"stream": stream_name})
+        try:
+            self._open(settings)
+        except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"tracking.uri {self.uri!r}: MLflow cannot use it ({reason}); correct it or start the server"
+            ) from error
         self.run: Run | None = None
         self.number = 0
         self.task = ""
+
+    def _open(self, settings: TrackingConfig) -> None:
+        """Find or make experiment, registered model and the stream's run."""
+        self.client = open_client(self.uri)
+        self.experiment_id = self._experiment(settings)
+        self.registry = Registry(self.client, self._model())
+        key = ["stream", self.stream_name, str(self.work_dir)]
+        self.parent = self._run(self.stream_name, key, {"stream": self.stream_name})
 
     def increment(self, number: int, task: str, inputs_key: str = "") -> "Run":
         """Open the child run of one attempt at an increment; the same number and inputs key find the same run again."""

@@ -56,7 +56,9 @@ def test_a_cache_is_read_and_extended(backbone):
 def test_gradients_reach_the_states_behind_the_asked_positions_only(backbone):
     ids = torch.tensor(ragged([6], VOCAB))
     inputs = []
-    hook = backbone.model.embed_tokens.register_forward_hook(lambda _, args, out: inputs.append(out) or out.retain_grad())
+    hook = backbone.model.embed_tokens.register_forward_hook(
+        lambda _, args, out: inputs.append(out) or out.retain_grad()
+    )
     AnswerModel(backbone)(ids, None, torch.tensor([2])).sum().backward()
     hook.remove()
     gradient = inputs[0].grad[0]

@@ -1,9 +1,10 @@
-"""Every backbone family against its stock model: attaching experts changes nothing until they have learned something."""
+"""Every backbone family against its stock model: attached experts change nothing until they have learned."""
 
 import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_contracts.errors import UserError
@@ -72,7 +73,9 @@ def test_every_family_has_a_variant_here():
 def test_stock_logits_are_reproduced_with_experts_attached_and_b_zero(name):
     reference = stock(name)
     if name == "llama_with_biases":
-        assert {"mlp.up_proj.bias", "self_attn.q_proj.bias"} <= {".".join(n.split(".")[3:]) for n, _ in reference.named_parameters()}
+        assert {"mlp.up_proj.bias", "self_attn.q_proj.bias"} <= {
+            ".".join(n.split(".")[3:]) for n, _ in reference.named_parameters()
+        }
     learner = light_learner(copy.deepcopy(reference), PLAN)
     randomise(learner, scale=0.5)  # gates of any value; A of any value
     zero_b(learner)
@@ -143,15 +146,20 @@ def test_a_backbone_folder_loads_frozen_in_the_asked_dtype(backbone_dir):
 
 def test_a_folder_that_is_no_backbone_is_refused_before_weights_are_read(tmp_path, backbone_dir):
     config = BackboneConfig(path=str(tmp_path))
-    with pytest.raises(UserError, match="not a folder with a config.json"):
+    with pytest.raises(UserError, match=r"not a folder with a config\.json"):
         load_config(config)
     (tmp_path / "config.json").write_text((backbone_dir / "config.json").read_text())
     with pytest.raises(UserError, match=r"has no \*\.safetensors"):
         load_config(config)
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    weights = tmp_path / "model.safetensors"
+    save_file({"one": torch.zeros(1000)}, weights)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .* fetch the backbone again"):
+        load_config(config)
+    save_file({"one": torch.zeros(1000)}, weights)
     assert load_config(config).model_type == "llama"
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(config)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(UserError, match="cannot read its config.json"):
+    with pytest.raises(UserError, match=r"cannot read its config\.json"):
         load_config(config)

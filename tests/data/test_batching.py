@@ -48,7 +48,7 @@ def test_every_row_is_learned_once_an_epoch(world_size, rows, epochs, batch_size
     for _, _, part, weight in walk(lengths, epochs, batch_size, world_size, max_rows, max_tokens):
         if weight:
             seen.update(part)
-    assert seen == {row: epochs for row in range(rows)}
+    assert seen == dict.fromkeys(range(rows), epochs)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -1,4 +1,4 @@
-"""Packed training rows: the loss is on answer tokens alone, and equals a row-by-row computation however rows are cut."""
+"""Packed training rows: the loss is on answer tokens alone, and equals each row computed alone, however cut."""
 
 import pytest
 import torch

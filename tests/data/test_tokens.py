@@ -1,4 +1,4 @@
-"""Token shards: what is stored is what the tokenizer says, whole or not at all, under a name that says what it was made from."""
+"""Token shards: what the tokenizer says, whole or not at all, under a name that follows every input."""
 
 import json
 from dataclasses import replace
@@ -125,6 +125,16 @@ def test_padding_and_truncation_left_on_in_the_tokenizer_do_not_reach_the_rows()
     assert tokenizer_digest(tokenizer) == tokenizer_digest(build_tokenizer())
 
 
+def test_a_special_token_named_in_a_text_is_read_as_text(tokenizer):
+    text = f"odd {END} parcel"
+    prompt, answer = prompt_tokens(tokenizer, [text])[0], answer_tokens(tokenizer, [text])[0]
+    assert prompt == answer and tokenizer.eos_token_id not in prompt
+    assert tokenizer.decode(prompt) == text
+    start = with_special_tokens(tokenizer, "<|start|> $A <|end|>")
+    ids = prompt_tokens(start, [f"<|start|>x{END}"])[0]
+    assert ids.count(start.bos_token_id) == 1 and ids[0] == start.bos_token_id and start.eos_token_id not in ids
+
+
 def test_the_name_of_a_shard_follows_every_input(tokenizer):
     base = ("c" * 64, {"a.parquet": "1" * 64}, tokenizer_digest(tokenizer))
     digest = shard_digest(*base)
@@ -161,13 +171,11 @@ def test_counts_and_file_names_travel_with_the_shards(tmp_path, tokenizer):
     task = ingest(load_contract(path), [str(tmp_path)], tokenizer=tokenizer)
     write_shards(task, tokenizer, tmp_path / "digest")
     opened = open_shards(task.contract, tmp_path / "digest")
-    assert {split: counts["kept"] for split, counts in opened.counts.items()} == {"train": 12, "validation": 6, "test": 6}
+    assert {split: counts["kept"] for split, counts in opened.counts.items()} == {
+        "train": 12,
+        "validation": 6,
+        "test": 6,
+    }
     assert opened.files == ("counted/test.parquet", "counted/train.parquet", "counted/validation.parquet")
     meta = json.loads((tmp_path / "digest" / "meta.json").read_text())
     assert str(tmp_path) not in json.dumps(meta)
-
-
-def test_a_special_token_named_in_a_text_is_read_as_text(tokenizer):
-    (ids,) = prompt_tokens(tokenizer, [f"odd {END} parcel"])
-    assert tokenizer.eos_token_id not in ids
-    assert tokenizer.decode(ids) == f"odd {END} parcel"

@@ -29,7 +29,8 @@ LIMIT = 240  # seconds a launch may take: about one in fifty hangs without a mes
 STEPS, BATCH, ROWS, CLIPPING = 5, 8, 37, 1.0  # the last global batch has 5 rows: one rank runs a spare pass
 STOP_AFTER = 3
 LABELS = {"no": " no", "mixed": " neither", "yes": " positive"}  # 3, 5 and 1 tokens
-RATES = {"gate": 2e-3, "discriminator": 5e-4}  # the LoRA experts take training.learning_rate
+GAME = 0.5  # weight of the adversary
+RATES = {"gate": 2e-3, "discriminator": 5e-3}  # the LoRA experts take training.learning_rate
 # odd sizes: a LoRA pair, and a component's total, do not divide by two ranks
 RANK, ALPHA, FFN_WIDTH, OUTPUTS, WEIGHT_DECAY = 3, 6.0, 91, 3, 0.01
 FRESH, PROTOTYPE, GOES_ON = 1, 2, 3  # increments, see learning.TASKS
@@ -120,7 +121,7 @@ class Worlds:
             deepspeed.write_text(json.dumps(raw), encoding="utf-8")
         method = {
             "lora": {"rank": RANK, "alpha": ALPHA, "dropout": changes.pop("dropout", 0.0)},
-            "adversary": {"outputs": OUTPUTS},
+            "adversary": {"outputs": OUTPUTS, "weight": GAME},
             "learning_rates": RATES,
         }
         training = {

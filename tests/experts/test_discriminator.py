@@ -1,7 +1,8 @@
 """The adversarial game in a whole model, in fp64: what the reversal reaches and what it must not (METHODS section 1).
 
-Oracle: theta_s of layer l gets -weight * d(mean CE) / d(theta_s), with the layer's input x and its frozen a, b held fixed;
-the discriminator gets +weight * d(mean CE) / d(itself); nothing else changes. The mean is over layers and sequences.
+Oracle: theta_s of layer l gets -weight * d(mean CE) / d(theta_s), with the layer's input x and its frozen a, b held
+fixed; the discriminator gets +weight * d(mean CE) / d(itself); nothing else changes. The mean is over layers and
+sequences.
 """
 
 import pytest
@@ -12,10 +13,15 @@ from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.discriminator import AdversaryStep, AttachLoss, GradientReversal, Negatives, pooled_mean
 from pipeline.experts.lora import LoraOptions
 from pipeline.placement.learner import Learner
-from tests.helpers import gradients, largest_difference, light_learner, ragged, randomise, tiny_llama
+from tests.helpers import gradients, largest_difference, light_learner, ragged, randomise, recorded_inputs, tiny_llama
 
 VOCAB, LAYERS, OUTPUTS, CLASSES, WEIGHT = 61, 3, 5, 3, 0.7
-SPANS = ((0, 9), (9, 13), (18, 24), (24, 25))  # flattened places of four sequences packed into three rows of nine tokens
+SPANS = (
+    (0, 9),
+    (9, 13),
+    (18, 24),
+    (24, 25),
+)  # flattened places of four sequences packed into three rows of nine tokens
 NUM = len(SPANS)  # sequences
 RANK, ALPHA = 2, 3.0
 EXACT = 1e-12
@@ -61,26 +67,25 @@ def game(**changes) -> AdversaryStep:
     return AdversaryStep(**(fields | changes))
 
 
-def run(learner: Learner, step: AdversaryStep | None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def run(
+    learner: Learner, step: AdversaryStep | None
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """Gradients of everything with a plain sum over all logits as the loss; every layer's input; the logits."""
     ids, places, _ = batch()
     learner.model.zero_grad(set_to_none=True)
-    inputs: list[torch.Tensor] = []
-    hooks = [ffn.register_forward_hook(lambda _, args, out: inputs.append(args[0].detach())) for ffn in learner.ffns]
     for ffn in learner.ffns:
         ffn.adversary = step
-    logits = learner.forward(ids, None, torch.arange(ids.numel()), places)
+    with recorded_inputs(learner) as inputs:
+        logits = learner.forward(ids, None, torch.arange(ids.numel()), places)
     for ffn in learner.ffns:
         ffn.adversary = None
-    for hook in hooks:
-        hook.remove()
     torch.manual_seed(6)
     (logits * torch.randn_like(logits)).sum().backward()
     return gradients(dict(learner.model.named_parameters())), inputs, logits.detach()
 
 
 def naive_cross_entropy(learner: Learner, layer: int, x: torch.Tensor, step: AdversaryStep) -> torch.Tensor:
-    """Sum over sequences of -log p(class) from z_s written out token by token; x is fixed; unused outputs do not exist."""
+    """Sum over sequences of -log p(class), z_s written out token by token; x is fixed; unused outputs do not exist."""
     ffn = learner.ffns[layer]
     pair = ffn.experts["shared"]
 
@@ -94,7 +99,9 @@ def naive_cross_entropy(learner: Learner, layer: int, x: torch.Tensor, step: Adv
     pooled = [z.reshape(-1, z.shape[-1])[begin:end].mean(dim=0) for begin, end in SPANS]
     features = [(value, step.class_index, float(w)) for value, w in zip(pooled, step.row_weight, strict=True)]
     if step.negatives is not None:
-        drawn = zip(step.negatives.features[layer].double(), step.negatives.classes.tolist(), step.row_weight, strict=True)
+        drawn = zip(
+            step.negatives.features[layer].double(), step.negatives.classes.tolist(), step.row_weight, strict=True
+        )
         features += [(value, cls, float(w)) for value, cls, w in drawn]
     total = 0
     for value, cls, weight in features:
@@ -104,7 +111,7 @@ def naive_cross_entropy(learner: Learner, layer: int, x: torch.Tensor, step: Adv
 
 
 def naive_terms(learner: Learner, inputs: list[torch.Tensor], step: AdversaryStep, sequences: int):
-    """d(mean CE)/d(parameter) for every shared-expert and discriminator parameter, by the parameter's name in the model."""
+    """d(mean CE)/d(parameter) for every shared-expert and discriminator parameter, by name; the mean CE."""
     mean = sum(naive_cross_entropy(learner, layer, x, step) for layer, x in enumerate(inputs)) / (LAYERS * sequences)
     names = {n: p for n, p in learner.model.named_parameters() if ".shared." in n or ".discriminator." in n}
     return dict(zip(names, torch.autograd.grad(mean, list(names.values())), strict=True)), mean.detach()

@@ -14,7 +14,12 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROLES = ("shared", "dedicated")
 WIDTH, FFN_WIDTH, RANK, ALPHA = 14, 23, 3, 5.0  # awkward on purpose
 TOLERANCE = 1e-10
-SPANS = ((0, 7), (7, 11), (11, 12), (14, 19))  # flattened places of four sequences packed into three rows of seven tokens
+SPANS = (
+    (0, 7),
+    (7, 11),
+    (11, 12),
+    (14, 19),
+)  # flattened places of four sequences packed into three rows of seven tokens
 
 
 def build(
@@ -91,7 +96,7 @@ def naive_mixture(ffn: ExpertFFN, x: torch.Tensor) -> torch.Tensor:
 def all_gradients(ffn: ExpertFFN, x: torch.Tensor, out: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradients of every parameter, frozen ones and biases too, and of the input under one fixed random cotangent."""
     torch.manual_seed(3)
-    names = {name: parameter for name, parameter in ffn.named_parameters()} | {"input": x}
+    names = dict(ffn.named_parameters()) | {"input": x}
     grads = torch.autograd.grad(out, list(names.values()), torch.randn_like(out), allow_unused=True)
     return {
         name: torch.zeros_like(value) if grad is None else grad
@@ -131,7 +136,9 @@ def test_a_role_that_speaks_alone_is_its_own_ffn_without_the_gate(role, bias):
     assert (ours - theirs).abs().max() < TOLERANCE
     got = all_gradients(ffn, x, ours)
     assert largest_difference(got, all_gradients(ffn, x, theirs)) < TOLERANCE
-    silent = [grad for name, grad in got.items() if name == "gate.weight" or f"experts.{ROLES[role == ROLES[0]]}" in name]
+    silent = [
+        grad for name, grad in got.items() if name == "gate.weight" or f"experts.{ROLES[role == ROLES[0]]}" in name
+    ]
     assert len(silent) == 7 and not any(grad.any() for grad in silent)
 
 

@@ -41,7 +41,9 @@ def test_targets_are_names_or_patterns_over_paths(model, targets, expected):
 
 @pytest.mark.parametrize("target", ["q_proj", "model.layers.9.mlp.up_proj", "proj", "UP_PROJ", "up_proj.weight"])
 def test_a_target_that_matches_nothing_is_refused_by_name(model, target):
-    with pytest.raises(UserError, match=r"method\.lora\.targets: .* matches no projection; there are gate_proj") as told:
+    with pytest.raises(
+        UserError, match=r"method\.lora\.targets: .* matches no projection; there are gate_proj"
+    ) as told:
         targeted_projections(LLAMA, model, ("up_proj", target))
     assert f"{target} matches" in str(told.value)
     with pytest.raises(UserError, match="matches no projection"):

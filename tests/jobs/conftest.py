@@ -18,7 +18,7 @@ LEARNING = {
         "adversary": {"weight": 0.1, "negatives": "prototypes"},
         "retention": {"policy": "best"},
     },
-    "training": {"epochs": 2, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 5e-3, "gradient_clipping": 1.0},
+    "training": {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "gradient_clipping": 1.0},
     "evaluation": {"baselines": ["zero_shot", "tfidf"]},
 }
 

@@ -5,6 +5,7 @@ of {"job": name, "arguments": [...], "watch": folder or null}. For each, OUT_DIR
 was written to the file descriptors 1 and 2, and on rank 0 the sha256 of every file below `watch`. Exits as the last command did.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ def main(cases_file: str, out_dir: str) -> int:
         out, err = Path(f"{base}.out"), Path(f"{base}.err")
         code = captured(case["job"], case["arguments"], out, err)
         files = digests(Path(case["watch"])) if case["watch"] and rank == 0 else {}
+        gc.collect()  # transformers finds a ZeRO-3 configuration as long as an object of the last command holds it
         record = {"code": code, "stdout": out.read_text(), "stderr": err.read_text(), "files": files}
         Path(f"{base}.json").write_text(json.dumps(record))
     return code

@@ -1,4 +1,4 @@
-"""MoE-CL as the pipeline drives it: what an increment starts from, the game over a whole global batch, what is carried on."""
+"""MoE-CL as the pipeline drives it: what an increment starts from, the game over a global batch, what is carried on."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from pipeline.data.tokens import open_shards, write_shards
 from pipeline.methods.moe_cl import MoeCL, Options, build
 from pipeline.methods.protocol import Increment
 from pipeline.training.pooled import pooled_statistics
-from tests.helpers import largest_difference, light_learner, micro_batch, ragged, randomise, tiny_llama
+from tests.helpers import largest_difference, light_learner, micro_batch, ragged, randomise, recorded_inputs, tiny_llama
 
 VOCAB, LAYERS, WIDTH = 61, 2, 48
 WEIGHT = 0.3
@@ -162,11 +162,8 @@ def naive_game(learner, negatives) -> tuple[torch.Tensor, dict[str, torch.Tensor
     gradients. `negatives` is {place: (features (L, D), class)}, or None."""
     total, sequences = 0, ROWS * (1 if negatives is None else 2)
     for place in range(ROWS):
-        states = []
-        hooks = [ffn.register_forward_hook(lambda _, args, out: states.append(args[0].detach())) for ffn in learner.ffns]
-        learner.model.backbone(input_ids=torch.tensor([[*PROMPTS[place], *ANSWERS[place]]]))
-        for hook in hooks:
-            hook.remove()
+        with recorded_inputs(learner) as states:
+            learner.model.backbone(input_ids=torch.tensor([[*PROMPTS[place], *ANSWERS[place]]]))
         for layer, (ffn, x) in enumerate(zip(learner.ffns, states, strict=True)):
 
             def project(name, value, ffn=ffn):
@@ -188,7 +185,7 @@ def naive_game(learner, negatives) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
 
 def play(method, learner, cuts, world_size: int):
-    """Run micro-batches (places, weight) of every rank; gradients averaged over ranks, negatives by place, logged mean."""
+    """Run all ranks' micro-batches (places, weight): gradients averaged over ranks, negatives by place, logged mean."""
     learner.model.zero_grad(set_to_none=True)
     drawn, logged = {}, 0.0
     for rank_parts in cuts:
@@ -227,7 +224,9 @@ CUTS = {
 
 @pytest.mark.parametrize("negatives", ["prototypes", "none"])
 @pytest.mark.parametrize("cut", CUTS)
-def test_summed_over_any_cut_the_game_is_the_mean_over_layers_and_sequences_of_the_global_batch(learner, cut, negatives):
+def test_summed_over_any_cut_the_game_is_the_mean_over_layers_and_sequences_of_the_global_batch(
+    learner, cut, negatives
+):
     world_size, parts = CUTS[cut]
     method = build(options(adversary={"weight": WEIGHT, "outputs": 4, "negatives": negatives}))
     armed(method, learner)
@@ -303,7 +302,9 @@ def test_state_is_prototype_and_own_discriminator_row_and_comes_back_as_an_earli
     later = build(options())
     later.begin(increment("d", 4).with_states({"c": state}), learner.ffns, start)
     for ffn in learner.ffns:
-        assert torch.equal(start[f"discriminator/{ffn.path}.discriminator.weight"][1], ffn.discriminator.weight[0].float())
+        assert torch.equal(
+            start[f"discriminator/{ffn.path}.discriminator.weight"][1], ffn.discriminator.weight[0].float()
+        )
 
 
 def test_prototypes_are_mean_and_variance_of_the_pooled_rows(data_root, tokenizer, tmp_path):
@@ -315,12 +316,8 @@ def test_prototypes_are_mean_and_variance_of_the_pooled_rows(data_root, tokenize
     mean, variance = pooled_statistics(learner, rows, batch_tokens=150)
     pooled = []
     for prompt, answer in zip(*rows.tokens(range(len(rows))), strict=True):
-        states = []
-        hooks = [ffn.register_forward_hook(lambda _, args, out: states.append(args[0])) for ffn in learner.ffns]
-        with torch.no_grad():
+        with torch.no_grad(), recorded_inputs(learner) as states:
             learner.model.backbone(input_ids=torch.tensor([[*prompt, *answer]]))
-        for hook in hooks:
-            hook.remove()
         learner.set_active(("shared",))
         with torch.no_grad():
             pooled.append(torch.stack([ffn(x)[0].mean(dim=0) for ffn, x in zip(learner.ffns, states, strict=True)]))

@@ -22,7 +22,9 @@ def test_an_earlier_task_may_lose_up_to_max_regression(a, promoted):
     assert judge({"max_regression": 0.03}, {"a": a, "b": 0.6, "c": 0.1}).promoted is promoted
 
 
-@pytest.mark.parametrize(("before", "after", "limit"), [(0.8, 0.75, 0.05), (0.8, 0.78, 0.02), (0.9, 0.6, 0.3), (0.3, 0.2, 0.1)])
+@pytest.mark.parametrize(
+    ("before", "after", "limit"), [(0.8, 0.75, 0.05), (0.8, 0.78, 0.02), (0.9, 0.6, 0.3), (0.3, 0.2, 0.1)]
+)
 def test_a_loss_of_just_the_limit_is_allowed_whatever_the_rounding(before, after, limit):
     # 0.8 - 0.75 is more than 0.05 in floats
     assert judge({"max_regression": limit}, {"a": after, "c": 1.0}, champion={"a": before}).promoted
@@ -48,7 +50,15 @@ def test_every_broken_rule_has_its_sentence_with_the_numbers():
 
 @pytest.mark.parametrize(
     ("rule", "promoted"),
-    [(0.5, True), (0.51, False), ({"c": 0.51}, False), ({"c": 0.49}, True), ({"a": 0.99}, True), ({}, True), (None, True)],
+    [
+        (0.5, True),
+        (0.51, False),
+        ({"c": 0.51}, False),
+        ({"c": 0.49}, True),
+        ({"a": 0.99}, True),
+        ({}, True),
+        (None, True),
+    ],
 )
 def test_min_metric_judges_the_new_task_alone(rule, promoted):
     assert judge({"min_metric": rule}, {"a": 0.1, "b": 0.1, "c": 0.5}).promoted is promoted

@@ -1,4 +1,4 @@
-"""What earlier tasks are served with, whether a task is to be learned, and the matrix that the chain tells (METHODS 2)."""
+"""What earlier tasks are served with, whether a task is to be learned, the matrix the chain tells (METHODS 2)."""
 
 import hashlib
 import json
@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 
 from data_contracts import load_contract
+from data_contracts.errors import UserError
+from pipeline.config import StreamConfig
+from pipeline.data.ingest import ingest
+from pipeline.data.tokens import open_shards, write_shards
 from pipeline.evaluation.predict import Answers
+from pipeline.experts.bank import Bank
 from pipeline.increments import champion_row, learned_order, measurable, standing
 from pipeline.methods.moe_cl import Options, build
 from pipeline.methods.protocol import PlainLora, RetentionOptions
-from pipeline.stages.evaluate import Measured, moves, retain
+from pipeline.stages.evaluate import Measured, measure, moves, retain
+from pipeline.stages.job import Job
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.matrix_rows import matrix_of
+from tests.helpers import light_learner, randomise, stream_dict
 
 REFERENCES = ["negative", "neutral", "positive", "neutral", "negative", "positive", "neutral", "positive"]
 
@@ -37,7 +44,7 @@ def contract(data_root):
 
 
 def test_the_default_margin_is_one_paired_standard_error(contract):
-    # differences per row: +1 +1 +1 -1 0 0 0 0: gain 2/8; variance (4 - 8 * (1/4)^2) / 7 = 1/2; error sqrt(1/2 / 8) = 1/4
+    # per row +1 +1 +1 -1 0 0 0 0: gain 2/8; variance (4 - 8 * (1/4)^2) / 7 = 1/2; error sqrt(1/2 / 8) = 1/4
     better, gain, margin = moves(measured(contract, {0, 1, 2}), measured(contract, {3}), None)
     assert (gain, margin) == pytest.approx((0.25, 0.25)) and not better  # not more than the margin
     # +1 +1 +1 0 0 0 0 0: gain 3/8; variance (3 - 8 * 9/64) / 7 = 15/56; error sqrt(15/448) = 0.183
@@ -94,7 +101,9 @@ def test_a_method_that_cannot_move_stays_under_every_policy():
         assert bundle == OLD and told["moved"] is False
 
 
-@pytest.mark.parametrize(("after", "expected"), [(set(), MOVED), ({0, 1, 2}, OLD), ({0, 1, 2, 3}, OLD), ({0, 1, 3}, OLD)])
+@pytest.mark.parametrize(
+    ("after", "expected"), [(set(), MOVED), ({0, 1, 2}, OLD), ({0, 1, 2, 3}, OLD), ({0, 1, 3}, OLD)]
+)
 def test_best_moves_only_if_validation_is_better_by_more_than_the_margin(contract, after, expected):
     scores = {"s1": measured(contract, {0, 1, 2}), "s2": measured(contract, after)}
     asked = []
@@ -108,6 +117,66 @@ def test_best_moves_only_if_validation_is_better_by_more_than_the_margin(contrac
     assert told["moved"] is (expected is MOVED) and told["policy"] == "best"
     assert told["gain"] == pytest.approx((3 - len(after)) / 8)
     assert scores[bundle["shared"]].score >= scores["s1"].score  # BWT on validation is not negative
+
+
+# ---------------------------------------------------------------- serving
+
+
+@pytest.fixture
+def job(tmp_path, data_root, tiny_model, tokenizer):
+    """A job of one process with two tasks' bundles in its bank: {task: bundle}."""
+    stream = stream_dict(tmp_path, tmp_path, data_root, ["unused"], evaluation={"batch_tokens": 200})
+    config = StreamConfig.model_validate(stream)
+    what = build(Options.model_validate({"lora": {"rank": 2, "dropout": 0.0}}))
+    learner = light_learner(tiny_model, what.plan)
+    bank, bundles = Bank(tmp_path / "bank"), {}
+    for seed, task in enumerate(("first", "second")):
+        randomise(learner, seed=seed, scale=0.3)
+        parts = {name: learner.components[name] for name in what.published()}
+        bundles[task] = {
+            name: bank.put({key: p.detach() for key, p in part.items()}, {}) for name, part in parts.items()
+        }
+    return Job(config, learner.world, tmp_path, what, tokenizer, learner, bank, {}), bundles
+
+
+def shards(job: Job, data_root, name: str):
+    contract = load_contract(data_root / f"{name}.yaml")
+    folder = job.work_dir / name
+    write_shards(ingest(contract, [str(data_root)], tokenizer=job.tokenizer), job.tokenizer, folder)
+    return open_shards(contract, folder)
+
+
+def test_a_pinned_bundle_scores_to_the_bit_what_it_scored_before_others_were_served(job, data_root):
+    job, bundles = job
+    task = shards(job, data_root, "first")
+    moved = {**bundles["first"], "shared": bundles["second"]["shared"]}
+    first = measure(job, task, bundles["first"], "test").answers.label_scores
+    seen = [first]
+    for bundle in (bundles["second"], moved, {}, {"shared": bundles["second"]["shared"]}):
+        seen.append(measure(job, task, bundle, "test").answers.label_scores)
+        again = measure(job, task, bundles["first"], "test").answers.label_scores
+        assert np.array_equal(first, again)
+    assert all(not np.allclose(one, other) for n, one in enumerate(seen) for other in seen[:n])
+
+
+def test_an_empty_bundle_is_the_bare_backbone_and_the_shared_expert_can_speak_alone(job):
+    job, bundles = job
+    job.serve(bundles["first"])
+    assert {ffn.active for ffn in job.learner.ffns} == {("shared", "dedicated")}
+    job.serve({"shared": bundles["second"]["shared"]})
+    assert {ffn.active for ffn in job.learner.ffns} == {("shared",)}
+    job.serve({})
+    assert {ffn.active for ffn in job.learner.ffns} == {()}
+
+
+def test_a_damaged_bank_file_is_refused_before_it_is_served(job):
+    job, bundles = job
+    path = job.bank.path(bundles["second"]["shared"])
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="was altered"):
+        job.serve(bundles["second"])
 
 
 # ---------------------------------------------------------------- standing()

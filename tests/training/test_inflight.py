@@ -82,6 +82,4 @@ def test_the_file_knows_nothing_of_world_size_or_place(tmp_path):
         note = json.loads(file.metadata()["perennial"])
         names = set(file.keys())
     assert note == {"key": "key", "step": 7, "optimizer_steps": 7, "continuations": 2}
-    assert names == {
-        f"{kind}/{name}" for kind in ("value", "exp_avg", "exp_avg_sq") for name in state(1).values
-    }
+    assert names == {f"{kind}/{name}" for kind in ("value", "exp_avg", "exp_avg_sq") for name in state(1).values}

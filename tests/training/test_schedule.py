@@ -37,7 +37,9 @@ def test_every_step_learns_and_none_more_than_the_whole_rate(num_steps, warmup):
     assert max(factors) == 1.0
 
 
-@pytest.mark.parametrize(("num_steps", "warmup", "steps"), [(100, 0.07, 7), (100, 0.29, 29), (1000, 0.07, 70), (50, 0.1, 5)])
+@pytest.mark.parametrize(
+    ("num_steps", "warmup", "steps"), [(100, 0.07, 7), (100, 0.29, 29), (1000, 0.07, 70), (50, 0.1, 5)]
+)
 def test_a_whole_share_of_the_steps_is_that_many_steps_of_warmup(num_steps, warmup, steps):
     assert [rate(step, num_steps, warmup) for step in range(steps)] == pytest.approx(
         [(step + 1) / steps for step in range(steps)], abs=1e-12
