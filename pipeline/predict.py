@@ -15,7 +15,7 @@ from data_contracts.checks import mark
 from data_contracts.readers import read_records
 from pipeline.data.token_limits import TokenCounter, fit
 from pipeline.data.tokens import answer_tokens, prompt_tokens
-from pipeline.evaluation.predict import answer_rows
+from pipeline.evaluation.answers import answer_rows
 from pipeline.files import write_atomic
 from pipeline.serving import Served, bundle_digest
 

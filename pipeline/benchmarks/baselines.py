@@ -9,7 +9,7 @@ from data_contracts import TaskContract
 from pipeline.benchmarks.tfidf import tfidf_predictions
 from pipeline.data.tokens import PreparedTask, RowView, answer_tokens
 from pipeline.evaluation import metrics
-from pipeline.evaluation.predict import answer_rows, task_score
+from pipeline.evaluation.answers import answer_rows, task_score
 from pipeline.placement.learner import Learner
 
 _HOLE = "\u0001prompt\u0001"  # stands for the prompt while a template is rendered around it

@@ -10,7 +10,7 @@ import pyarrow as pa
 from data_contracts import TaskContract
 from pipeline.benchmarks.baselines import tfidf_score, zero_shot_score
 from pipeline.data.tokens import SPLITS, PreparedTask, RowView
-from pipeline.evaluation.predict import Answers, answer_rows, row_scores, task_score
+from pipeline.evaluation.answers import Answers, answer_rows, row_scores, task_score
 from pipeline.methods.protocol import Bundle, Increment, Method
 from pipeline.stages.gate import ROUNDING
 from pipeline.stages.job import Job

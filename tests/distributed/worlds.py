@@ -26,13 +26,13 @@ from tests.helpers import make_task, save_backbone, stream_dict
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 LIMIT = 240  # seconds a launch may take: about one in fifty hangs without a message
-STEPS, BATCH, ROWS, CLIPPING = 5, 8, 37, 1.0  # the last global batch has 5 rows: one rank runs a spare pass
+STEPS, BATCH, ROWS, CLIPPING = 5, 8, 37, 1.2  # the last global batch has 5 rows: one rank runs a spare pass
 STOP_AFTER = 3
 LABELS = {"no": " no", "mixed": " neither", "yes": " positive"}  # 3, 5 and 1 tokens
 GAME = 0.5  # weight of the adversary
-RATES = {"gate": 2e-3, "discriminator": 5e-3}  # the LoRA experts take training.learning_rate
+RATES = {"gate": 2e-3, "discriminator": 0.6}  # the LoRA experts take training.learning_rate
 # odd sizes: a LoRA pair, and a component's total, do not divide by two ranks
-RANK, ALPHA, FFN_WIDTH, OUTPUTS, WEIGHT_DECAY = 3, 6.0, 91, 3, 0.01
+RANK, ALPHA, FFN_WIDTH, OUTPUTS, WEIGHT_DECAY = 3, 12.0, 91, 3, 0.01
 FRESH, PROTOTYPE, GOES_ON = 1, 2, 3  # increments, see learning.TASKS
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data_contracts import load_contract
 from data_contracts.errors import UserError
 from pipeline.data.tokens import answer_tokens, prompt_tokens
-from pipeline.evaluation.predict import answer_rows, row_scores, task_score
+from pipeline.evaluation.answers import answer_rows, row_scores, task_score
 from pipeline.evaluation.scoring import build_trie, score_prompts, score_rows, trie_attention
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.lora import LoraOptions

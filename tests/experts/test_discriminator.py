@@ -193,6 +193,23 @@ def test_spare_rows_and_padding_do_not_matter(learner):
     assert all(torch.equal(none[name], without[name]) for name in none)
 
 
+def test_under_dropout_the_game_reads_the_x_that_the_experts_read():
+    plan = ExpertPlan(LoraOptions(rank=RANK, dropout=0.5), ("shared", "dedicated"), OUTPUTS)
+    built = light_learner(tiny_llama(VOCAB, num_layers=1).double(), plan)
+    randomise(built, scale=0.3)
+    (ffn,) = built.ffns
+    ffn.train()
+    ids, _, pool = batch()
+    x = torch.randn(*ids.shape, 48, dtype=torch.float64)
+    step = game(negatives=None)
+    ffn.pool, ffn.adversary = pool, step  # what is pooled for the prototype is proven against the formula elsewhere
+    ffn(x)
+    judge = ffn.discriminator
+    logits = ffn.pooled @ judge.weight[:CLASSES].T + judge.bias[:CLASSES]
+    expected = (torch.logsumexp(logits, dim=1) - logits[:, 0]).sum()
+    assert abs(step.cross_entropy[0].item() - expected.item()) < EXACT
+
+
 def test_attached_loss_counts_once_whatever_the_output_is_multiplied_by():
     parameter = torch.tensor(2.0, requires_grad=True, dtype=torch.float64)
     value = torch.ones(3, requires_grad=True, dtype=torch.float64)

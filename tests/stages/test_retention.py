@@ -12,7 +12,7 @@ from data_contracts.errors import UserError
 from pipeline.config import StreamConfig
 from pipeline.data.ingest import ingest
 from pipeline.data.tokens import open_shards, write_shards
-from pipeline.evaluation.predict import Answers
+from pipeline.evaluation.answers import Answers
 from pipeline.experts.bank import Bank
 from pipeline.increments import champion_row, learned_order, measurable, standing
 from pipeline.methods.moe_cl import Options, build

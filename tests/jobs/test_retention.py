@@ -1,0 +1,195 @@
+"""What earlier tasks are served with after later increments, and the methods beside moe_cl, as whole jobs."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import audit
+from tests.jobs.conftest import LEARNING, TASKS, manifests
+from tests.jobs.launch import Case, Done, run_many
+
+pytestmark = pytest.mark.timeout(1200)  # set-up is one launch with a shorter limit of its own, or a learned stream
+LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
+FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2}
+
+
+def stream_of(inputs, folder: Path, number: int, method: dict, **sections) -> tuple[Path, Case]:
+    """The work_dir of a stream of the first `number` tasks, and the command that learns it."""
+    from tests.helpers import make_stream
+
+    folder.mkdir()
+    contracts = [inputs.contract(task) for task in TASKS[:number]]
+    path = make_stream(folder / "stream.yaml", folder / "work", inputs.backbone, inputs.root, contracts, **sections)
+    return folder / "work", Case("continual", ["--stream", path, "--set", f"method={json.dumps(method)}"])
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
+    """moe_cl with three tasks under `pin`, and with two under `follow`, once with a gate per task and once with one gate."""
+    folder = tmp_path_factory.mktemp("retention")
+    moe_cl = LEARNING["method"]
+    methods = {
+        "pin": (3, moe_cl | {"retention": {"policy": "pin"}}),
+        "follow": (2, moe_cl | {"retention": {"policy": "follow"}}),
+        "follow_one_gate": (2, moe_cl | {"retention": {"policy": "follow"}, "gate": "shared"}),
+    }
+    training = {"training": LEARNING["training"] | {"epochs": 2}}
+    streams = {
+        name: stream_of(inputs, folder / name, number, method, **training) for name, (number, method) in methods.items()
+    }
+    done = run_many([case for _, case in streams.values()], folder / "out", ranks=2)
+    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(streams.items(), done, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
+    """The methods beside moe_cl on two tasks, in a plain process; `sequential` also behind a gate against regression."""
+    folder = tmp_path_factory.mktemp("methods")
+    sequential = {"name": "sequential", "lora": LORA}
+    methods = {
+        "sequential": (sequential, {}),
+        "per_task": ({"name": "per_task", "lora": LORA}, {}),
+        "zero_shot": ({"name": "zero_shot"}, {}),
+        "guarded": (sequential, {"gate": {"max_regression": 0.1}}),
+    }
+    streams = {
+        name: stream_of(inputs, folder / name, 2, method, training=FAST, **sections)
+        for name, (method, sections) in methods.items()
+    }
+    done = run_many([case for _, case in streams.values()], folder / "out")
+    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(streams.items(), done, strict=True)}
+
+
+def predictions(work_dir: Path, number: int, task: str) -> bytes:
+    """The bytes of a task's predictions file in an increment."""
+    folder = next((work_dir / "increments").glob(f"{number:04d}-*"))
+    return (folder / "predictions" / f"{task}.parquet").read_bytes()
+
+
+# ---- moe_cl: pin, follow, best
+
+
+def test_with_pin_scores_and_prediction_files_of_earlier_tasks_never_change(on_two_ranks):
+    work_dir, done = on_two_ranks["pin"]
+    assert done.code == 0, done.text
+    rows = [manifest["row"] for manifest in manifests(work_dir)]
+    checks = [manifest["validation_row"] for manifest in manifests(work_dir)]
+    for number, task in enumerate(TASKS, start=1):
+        own = predictions(work_dir, number, task)
+        for later in range(number, 4):
+            assert predictions(work_dir, later, task) == own
+            assert rows[later - 1][task] == rows[number - 1][task]
+            assert checks[later - 1][task] == checks[number - 1][task]
+    scores = [scores_of(work_dir, 3, task) for task in TASKS]
+    assert scores[0] != scores[1] != scores[2]  # the files are equal because nothing moved, not because all is one
+
+
+def test_with_pin_an_increment_changes_its_own_bundle_alone(on_two_ranks):
+    for manifest in manifests(on_two_ranks["pin"][0]):
+        assert list(manifest["bundles"]) == [manifest["task"]]
+        assert manifest["bundles"][manifest["task"]] == {
+            role: manifest["bank"][role] for role in ("shared", "dedicated", "gate")
+        }
+
+
+def test_with_follow_every_bundle_holds_the_newest_shared_expert(on_two_ranks):
+    work_dir, done = on_two_ranks["follow"]
+    assert done.code == 0, done.text
+    first, second = manifests(work_dir)
+    bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
+    assert {bundle["shared"] for bundle in bundles.values()} == {second["bank"]["shared"]}
+    assert first["bank"]["shared"] != second["bank"]["shared"]
+    assert bundles["first"] == first["bundles"]["first"] | {"shared": second["bank"]["shared"]}
+    assert predictions(work_dir, 2, "first") != predictions(work_dir, 1, "first")  # it can be seen in the scores
+
+
+def test_with_follow_and_one_gate_the_gate_moves_too(on_two_ranks):
+    work_dir, done = on_two_ranks["follow_one_gate"]
+    assert done.code == 0, done.text
+    first, second = manifests(work_dir)
+    bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
+    newest = {role: second["bank"][role] for role in ("shared", "gate")}
+    assert bundles["first"] == {"dedicated": first["bank"]["dedicated"]} | newest
+    assert bundles["second"] == second["bundles"]["second"]
+
+
+def test_with_best_no_earlier_task_gets_worse_on_validation(learned):
+    assert learned.second.code == 0, learned.second.text
+    checks = [manifest["validation_row"] for manifest in learned.manifests]
+    for before, after in pairwise(checks):
+        assert all(after[task] >= score for task, score in before.items())
+    bwt = sum(checks[2][task] - checks[i][task] for i, task in enumerate(TASKS[:2])) / 2
+    assert bwt >= 0
+
+
+def test_with_best_a_task_moves_exactly_when_its_gain_is_over_the_margin(learned):
+    decided = 0
+    for manifest in learned.manifests[1:]:
+        for task, choice in manifest["gate"]["retention"].items():
+            assert choice["policy"] == "best"
+            assert choice["moved"] == (choice["gain"] > choice["margin"]) == (task in manifest["bundles"])
+            if choice["moved"]:
+                assert manifest["bundles"][task]["shared"] == manifest["bank"]["shared"]
+            decided += 1
+    assert decided == 3
+
+
+# ---- the methods beside it
+
+
+@pytest.mark.parametrize("name", ["sequential", "per_task", "zero_shot"])
+def test_a_method_completes_and_its_work_dir_passes_the_audit(on_one_rank, name, capsys):
+    work_dir, done = on_one_rank[name]
+    assert done.code == 0, done.text
+    assert [manifest["method"] for manifest in manifests(work_dir)] == [name] * 2
+    assert json.loads((work_dir / "finished.json").read_text())["exit_code"] == 0
+    assert audit.main(["--work-dir", str(work_dir)]) == 0, capsys.readouterr().out
+
+
+def test_sequential_serves_every_task_with_the_latest_adapter_and_forgets(on_one_rank):
+    work_dir, _ = on_one_rank["sequential"]
+    first, second = manifests(work_dir)
+    bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
+    assert bundles == {task: {"adapter": second["bank"]["adapter"]} for task in ("first", "second")}
+    # the second task turns the labels round: what was learned first must be lost
+    assert second["row"]["first"] < first["row"]["first"] - 0.2
+
+
+def test_per_task_keeps_every_adapter_and_every_answer(on_one_rank):
+    work_dir, _ = on_one_rank["per_task"]
+    first, second = manifests(work_dir)
+    bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
+    assert bundles == {m["task"]: {"adapter": m["bank"]["adapter"]} for m in (first, second)}
+    assert predictions(work_dir, 2, "first") == predictions(work_dir, 1, "first")
+
+
+def test_zero_shot_trains_nothing_and_publishes_no_expert(on_one_rank):
+    work_dir, done = on_one_rank["zero_shot"]
+    assert "trainable parameters: none" in done.stdout
+    for manifest in manifests(work_dir):
+        assert manifest["bank"] == {} and manifest["bundles"] == {manifest["task"]: {}}
+        assert manifest["training"] == {"steps": 0, "rows_consumed": 0}
+    assert not (work_dir / "bank").exists()
+
+
+def test_a_regression_past_the_limit_is_rejected_and_the_champion_keeps_serving(on_one_rank, capsys):
+    work_dir, done = on_one_rank["guarded"]
+    assert done.code == 3, done.text
+    first, second = manifests(work_dir)
+    assert (first["verdict"], second["verdict"]) == ("promoted", "rejected")
+    fall = first["row"]["first"] - second["row"]["first"]
+    assert fall > 0.1
+    assert f"first fell by {fall:.4f}" in second["gate"]["reasons"][0] and second["gate"]["reasons"][0] in done.stdout
+    champion = json.loads((work_dir / "champion.json").read_text())
+    assert champion["bundles"] == first["bundles"] and champion["increment"] == 1
+    assert json.loads((work_dir / "finished.json").read_text())["exit_code"] == 3
+    assert audit.main(["--work-dir", str(work_dir)]) == 0, capsys.readouterr().out
+
+
+def scores_of(work_dir: Path, number: int, task: str) -> list[float]:
+    """The score column of a task's predictions in an increment."""
+    folder = next((work_dir / "increments").glob(f"{number:04d}-*"))
+    return pq.read_table(folder / "predictions" / f"{task}.parquet")["score"].to_pylist()
