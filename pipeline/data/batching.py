@@ -79,7 +79,7 @@ def micro_batches(
 ) -> list[MicroRows]:
     """The forward passes of `rank` for one batch whose rows have `lengths` tokens.
 
-    Every rank gets the same number of them. Without rows of its own a rank repeats place 0 with weight 0.
+    Every rank gets the same number of them. Without rows of its own a rank repeats the shortest with weight 0.
     """
     shares = [cut(share, lengths, max_rows, max_tokens) for share in rank_shares(lengths, world_size)]
     count = max(len(share) for share in shares)

@@ -19,7 +19,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor  # (N, S)
     position_ids: torch.Tensor  # (N, S), from 0 in every sequence
-    pool: torch.Tensor  # (B, N * S): 1 / length at each token of a sequence, else 0
+    pool: torch.Tensor  # (B, N * S): 1 at each token of a sequence, else 0
     positions: torch.Tensor  # (P,) flattened indices of the states that predict answer tokens
     targets: torch.Tensor  # (P,) the answer tokens, the end-of-answer token included
     target_weight: torch.Tensor  # (P,) 1, or 0 for a spare row
@@ -44,11 +44,11 @@ class Packed:
     starts: tuple[int, ...]  # flattened index of each sequence's first token
 
     def pool(self, lengths: Sequence[int]) -> torch.Tensor:
-        """(B, N * S) weights whose product with the states is each sequence's mean."""
-        weights = torch.zeros(len(self.starts), self.input_ids.numel())
+        """(B, N * S): 1 at each token of a sequence, else 0."""
+        members = torch.zeros(len(self.starts), self.input_ids.numel())
         for row, (start, length) in enumerate(zip(self.starts, lengths, strict=True)):
-            weights[row, start : start + length] = 1 / length
-        return weights
+            members[row, start : start + length] = 1
+        return members
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> Packed:

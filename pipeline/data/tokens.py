@@ -61,9 +61,8 @@ class RowView:
     def __init__(self, dataset: datasets.Dataset, end_of_answer: int) -> None:
         self.dataset = dataset
         self.end_of_answer = end_of_answer
-        columns = dataset.with_format("arrow")
-        self.prompt_lengths = _list_lengths(columns[:]["prompt_ids"])  # (rows,) tokens
-        self.answer_lengths = _list_lengths(columns[:]["answer_ids"]) + 1  # (rows,) tokens, end of answer included
+        self.prompt_lengths = _list_lengths(dataset, "prompt_ids")  # (rows,) tokens
+        self.answer_lengths = _list_lengths(dataset, "answer_ids") + 1  # (rows,) tokens, end of answer included
         self.lengths = self.prompt_lengths + self.answer_lengths
 
     def __len__(self) -> int:
@@ -154,5 +153,5 @@ def open_shards(contract: TaskContract, folder: Path) -> PreparedTask:
     )
 
 
-def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.list_value_length(column).to_numpy()
+def _list_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    return pc.list_value_length(dataset.select_columns([column]).with_format("arrow")[:][column]).to_numpy()

@@ -60,7 +60,7 @@ class AdversaryStep:
     DeepSpeed divides by.
     """
 
-    pool: torch.Tensor  # (B, tokens): 1 / length at each token of a sequence, else 0
+    pool: torch.Tensor  # (B, tokens): 1 at each token of a sequence, else 0
     row_weight: torch.Tensor  # (B,): 1, or 0 for a spare row
     class_index: int  # the current task's output
     num_classes: int  # outputs in use; the others are masked
@@ -94,5 +94,6 @@ class Discriminator(nn.Linear):
 
 
 def pooled_mean(states: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-    """Mean over each sequence's tokens: states (N, S, F) of packed rows, weights (B, N * S) -> (B, F)."""
-    return pool.to(states.dtype) @ states.reshape(-1, states.shape[-1])
+    """Mean over each sequence's tokens: states (N, S, F) of packed rows, membership (B, N * S) -> (B, F)."""
+    membership = pool.to(states.dtype)  # ones and zeros, exact in every dtype; the division comes after the sum
+    return (membership @ states.reshape(-1, states.shape[-1])) / membership.sum(dim=1, keepdim=True)

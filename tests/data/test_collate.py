@@ -115,14 +115,14 @@ def test_packing_places_every_sequence_whole_once_and_restarts_its_positions():
         assert packed.input_ids.shape[0] <= len(sequences)  # never more than padding would take
 
 
-def test_pool_weights_are_one_over_the_length_at_the_tokens_that_are_read():
+def test_pool_marks_the_tokens_that_are_read():
     batch = rows_of(range(7))
     read = [len(p) + len(a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]  # the end is predicted, not read
     assert batch.pool.shape == (7, batch.num_tokens)
     for row, length in enumerate(read):
         places = batch.pool[row].nonzero().flatten().tolist()
         assert len(places) == length
-        assert batch.pool[row, places].tolist() == pytest.approx([1 / length] * length)
+        assert batch.pool[row, places].tolist() == [1.0] * length
         tokens = batch.input_ids.flatten()[places].tolist()
         assert tokens == [*PROMPTS[row], *ANSWERS[row]]
     assert batch.pool.count_nonzero(dim=0).max() == 1  # no token belongs to two sequences

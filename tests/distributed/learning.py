@@ -1,4 +1,4 @@
-"""Case `learn` of the worker: increments through `stages.train`, with losses, first gradients, start and final values recorded."""
+"""Case `learn` of the worker: increments through `stages.train`; what every step saw is recorded, never compared."""
 
 import hashlib
 from collections.abc import Mapping
@@ -72,7 +72,8 @@ class Recorder:
 def learn(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train the case's increments; `records` names an earlier case whose experts they start from (else their own).
 
-    With `stop_after` the last rank alone is asked to stop during that step. Writes <increment>.safetensors and records.json.
+    With `stop_after` the last rank alone is asked to stop during that step. Writes <increment>.safetensors and
+    records.json.
     """
     config = StreamConfig.model_validate(case["stream"])
     method = build_method(config)

@@ -1,7 +1,8 @@
-"""The naive single process, in fp64: MoE-CL written out from METHODS section 1, without DeepSpeed, engine or the product's FFN and loop.
+"""The naive single process, in fp64: MoE-CL written out from METHODS section 1.
 
-Two whole SwiGLU networks a layer, mixed by the gate; every row of a global batch in one padded batch; torch's AdamW and
-clipping. Taken as inputs, since they are drawn: start values, order of rows, and the negatives' draws.
+Without DeepSpeed and without the product's FFN and loop: two whole SwiGLU networks a layer, mixed by the gate; every row
+of a global batch in one padded batch; torch's AdamW and clipping. Taken as inputs, since they are drawn: start values,
+order of rows, and the negatives' draws.
 """
 
 import math
@@ -41,7 +42,7 @@ class Run:
 
 
 class NaiveFFN(nn.Module):
-    """One layer's network with its experts: the formula, term by term. `values` are the trainable tensors by public name."""
+    """One layer's network with its experts, term by term. `values` are the trainable tensors by public name."""
 
     def __init__(self, ffn: nn.Module, path: str, values: Tensors, scaling: float) -> None:
         super().__init__()
@@ -103,7 +104,8 @@ class Oracle:
         """Mean cross-entropy over layers and sequences, one negative a sequence; gradients reach one side alone."""
         terms = []
         for index, layer in enumerate(self.layers):
-            weight, bias = (self.values[f"discriminator/{layer.path}.discriminator.{part}"] for part in ("weight", "bias"))
+            judge = f"discriminator/{layer.path}.discriminator"
+            weight, bias = self.values[f"{judge}.weight"], self.values[f"{judge}.bias"]
             pooled = layer.pooled(mask)
             if for_judge:
                 pooled = pooled.detach()
@@ -117,8 +119,11 @@ class Oracle:
                 terms.append(torch.logsumexp(used, dim=0) - used[cls])
         return torch.stack(terms).mean()
 
-    def train(self, batches, negatives=None, num_classes: int = 1) -> Run:
-        """One step a batch of (prompts, answers); `negatives(step)` gives (features (L, B, D), classes (B,))."""
+    def train(self, batches, negatives=None, num_classes: int = 1, reversal: float = -1.0) -> Run:
+        """One step a batch of (prompts, answers); `negatives(step)` gives (features (L, B, D), classes (B,)).
+
+        The discriminator minimises its cross-entropy, the shared expert takes `reversal` times its gradient.
+        """
         run, setting = Run(), self.setting
         groups = [
             {
@@ -138,7 +143,7 @@ class Oracle:
             if num_classes > 1:
                 judge = self.game(mask, negatives(step), num_classes, for_judge=True)
                 expert = self.game(mask, negatives(step), num_classes, for_judge=False)
-                total = loss + setting.adversary * (judge - expert)
+                total = loss + setting.adversary * (judge + reversal * expert)
                 run.games.append(judge.item())
             optimizer.zero_grad(set_to_none=False)
             total.backward()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import deepspeed
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -39,6 +40,7 @@ def main() -> int:
         except BaseException:
             print(f"rank {world.rank}, case {folder.name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
+        note["shared_memory_op"] = repr(deepspeed.comm.comm.cdb.shm_comm_op)
         (folder / f"rank{world.rank}.json").write_text(json.dumps(note), encoding="utf-8")
         unset_hf_deepspeed_config()  # the next case may run another stage
         gc.collect()

@@ -85,7 +85,7 @@ class Worlds:
         self.bank = self.folder / "bank"
 
     def case(self, launch: str, name: str) -> Case:
-        """A case's results; starts its launch, and what that needs, on first use. Raises LaunchFailed, once and for all."""
+        """A case's results; starts its launch, and what that needs, on first use. Raises LaunchFailed."""
         if launch != "pair_a":
             self.run("pair_a")
         self.run(launch)
@@ -103,15 +103,13 @@ class Worlds:
             raise LaunchFailed(str(self.done[launch]))
 
     def _start(self, launch: str) -> None:
-        plan = [
-            {**case, "folder": str(self.folder / launch / case["name"])} for case in getattr(self, f"_{launch}")()
-        ]
+        plan = [{**case, "folder": str(self.folder / launch / case["name"])} for case in getattr(self, f"_{launch}")()]
         path = self.folder / f"{launch}.json"
         path.write_text(json.dumps(plan), encoding="utf-8")
         start_ranks(1 if launch == "single" else 2, path, self.folder / f"{launch}.log")
 
     def stream(self, work: str, stage: int, threshold: int | None = None, **changes: Any) -> dict[str, Any]:
-        """A stream whose files are under `work`; `threshold` is ZeRO-3's persistence threshold (0 shards everything)."""
+        """A stream whose files are under `work`; `threshold` is ZeRO-3's for persistence (0 shards everything)."""
         shipped = ROOT / "deepspeed_configs" / f"zero{stage}.json"
         deepspeed = shipped
         if threshold is not None:
@@ -153,9 +151,7 @@ class Worlds:
 
     def _pair_a(self) -> Iterator[dict[str, Any]]:
         yield self._learn("zero3", self.stream("reference", 3), records=None, serve=True)
-        yield self._learn(
-            "zero3-stopped", self.stream("stopped", 3), increments=[PROTOTYPE], stop_after=STOP_AFTER
-        )
+        yield self._learn("zero3-stopped", self.stream("stopped", 3), increments=[PROTOTYPE], stop_after=STOP_AFTER)
         for name, settings in self.rough():
             stream = self.stream(f"unbroken-{name}", **settings)
             yield self._learn(f"{name}-unbroken", stream, increments=[PROTOTYPE])
@@ -201,7 +197,6 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "zero2-fp32": {"stage": 2},
     "zero2-bf16": {"stage": 2, "dtype": "bfloat16"},
     "zero3-fp32": {"stage": 3, "threshold": 0},
-    "zero3-bf16": {"stage": 3, "threshold": 0, "dtype": "bfloat16"},
     "zero3-bf16-persistent": {"stage": 3, "dtype": "bfloat16"},
 }
 

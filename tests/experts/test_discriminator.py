@@ -42,13 +42,13 @@ def learner() -> Learner:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids (N, S), position ids (N, S), and 1 / length at each token of a sequence (B, N * S)."""
+    """Token ids (N, S), position ids (N, S), and 1 at each token of a sequence (B, N * S)."""
     ids, places = torch.zeros(27, dtype=torch.long), torch.zeros(27, dtype=torch.long)
     weights = torch.zeros(NUM, 27, dtype=torch.float64)
     for index, (begin, end) in enumerate(SPANS):
         ids[begin:end] = torch.tensor(ragged([end - begin], VOCAB, seed=index)[0])
         places[begin:end] = torch.arange(end - begin)
-        weights[index, begin:end] = 1 / (end - begin)
+        weights[index, begin:end] = 1
     return ids.view(3, 9), places.view(3, 9), weights
 
 
