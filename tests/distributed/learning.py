@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 import pipeline.training.loop as loop
 from pipeline.backbones.load import load_tokenizer
 from pipeline.config import StreamConfig, build_method
-from pipeline.continual import prepare_tasks
+from pipeline.data.tokens import PreparedTask, open_shards
+from pipeline.evaluation.scoring import score_rows
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, sha256_file, write_atomic
 from pipeline.increments import learned_order
@@ -20,9 +21,10 @@ from pipeline.methods.protocol import Increment
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner, build_learner, check_before_loading
 from pipeline.placement.state import gather_values, gathered
-from pipeline.stages.evaluate import measure
 from pipeline.stages.job import Job
+from pipeline.stages.prepare import prepare
 from pipeline.stages.train import train
+from pipeline.stages.validate import validate
 from pipeline.training.checks import optimizer_parameters
 from pipeline.training.stop import StopFlag, StoppedOnRequest
 
@@ -79,7 +81,7 @@ def learn(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     method = build_method(config)
     check_before_loading(config, method.plan)
     tokenizer = load_tokenizer(config.backbone)
-    prepared = prepare_tasks(config, tokenizer, world, [], None)
+    tasks = open_tasks(config, tokenizer, world)
     learner = build_learner(config, method.plan, world, train=True)
     bank = Bank(case["bank"])
     job = Job(config, world, config.work_path(), method, tokenizer, learner, bank, {})
@@ -100,7 +102,7 @@ def learn(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
                     stop.requested = True
 
             try:
-                trained = train(job, increment, prepared[increment.task], f"increment-{number}", stop, on_step)
+                trained = train(job, increment, tasks[increment.task], f"increment-{number}", stop, on_step)
             except StoppedOnRequest as stopped:
                 note["stopped"] = str(stopped)
                 break
@@ -113,7 +115,7 @@ def learn(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
             "backbone": {"before": before, "after": backbone_digests(learner)},
             "bank": {"before": bank_before, "after": bank_digests(bank)},
             "optimizer": optimizer_report(learner),
-            "pinned": pinned_scores(job, prepared["first"], own) if case.get("serve") else None,
+            "pinned": pinned_scores(job, tasks["first"], own) if case.get("serve") else None,
         }
         if world.is_main:
             save_file(recorder.tensors, folder / f"{number}.safetensors")
@@ -143,9 +145,25 @@ def with_states(job: Job, increment: Increment) -> Increment:
     return increment.with_states({task: files[digest] for task, digest in needed.items()})
 
 
-def pinned_scores(job: Job, task, records: Records) -> list[list[float]]:
+def open_tasks(config: StreamConfig, tokenizer, world: World) -> dict[str, PreparedTask]:
+    """The stream's tasks, validated and prepared by rank 0, by name."""
+
+    def work() -> list[tuple]:
+        done = [validate(path, config, tokenizer, []) for path in config.tasks]
+        for validated in done:
+            prepare(validated, tokenizer)
+        return [(validated.contract, validated.shards) for validated in done]
+
+    tasks = [open_shards(*place) for place in world.on_main(work)]
+    return {task.task: task for task in tasks}
+
+
+def pinned_scores(job: Job, task: PreparedTask, records: Records) -> list[list[float]]:
     """Label scores of the first task's test rows under the bundle of increment 1."""
-    return measure(job, task, records["1"]["bundle"], "test").answers.label_scores.tolist()
+    job.serve(records["1"]["bundle"])
+    rows = task.rows("test", None, job.config.seed)
+    prompts, _ = rows.tokens(range(len(rows)))
+    return score_rows(job.learner, prompts, task.label_ids, task.end_of_answer, batch_tokens=128).tolist()
 
 
 def backbone_digests(learner: Learner) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The naive single process, in fp64: MoE-CL written out from METHODS section 1.
 
-Without DeepSpeed and without the product's FFN and loop: two whole SwiGLU networks a layer, mixed by the gate; every row
-of a global batch in one padded batch; torch's AdamW and clipping. Taken as inputs, since they are drawn: start values,
-order of rows, and the negatives' draws.
+Without DeepSpeed and without the product's FFN and loop: two whole SwiGLU networks a layer, mixed by the gate; every
+row of a global batch in one padded batch; torch's AdamW and clipping. Taken as inputs, since they are drawn: start
+values, order of rows, and the negatives' draws.
 """
 
 import math

@@ -39,7 +39,7 @@ WORLDS = {
     "zero3 x2": ("pair_a", "zero3"),
     "zero2 x2": ("pair_b", "zero2"),
     "zero3 sharded x2": ("pair_b", "zero3-sharded"),
-    "zero3 offload x2": ("pair_b", "zero3-offload"),
+    "zero3 offload x2": ("pair_a", "zero3-offload"),
     "zero3 x1": ("single", "zero3"),
     "zero2 x1": ("single", "zero2"),
 }

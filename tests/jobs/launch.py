@@ -79,7 +79,7 @@ class Running:
 
 @contextlib.contextmanager
 def started(script: str, *arguments: object, ranks: int = 0) -> Iterator[Running]:
-    """Start a script with `deepspeed` on `ranks` ranks, or with plain python (0); afterwards its whole session is gone."""
+    """Start a script with `deepspeed` on `ranks` ranks, or with plain python (0); afterwards its session is gone."""
     launcher = [sys.executable]
     if ranks:
         launcher = [
@@ -139,4 +139,3 @@ def end_session(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-

@@ -1,8 +1,9 @@
 """Run several commands of jobs/ one after another in this process: `python tests/jobs/many.py CASES.json OUT_DIR`.
 
-Importing torch and DeepSpeed once saves most of the time, and every command still goes through its own main(). CASES is a list
-of {"job": name, "arguments": [...], "watch": folder or null}. For each, OUT_DIR/<number>.<rank>.json gets the exit code, what
-was written to the file descriptors 1 and 2, and on rank 0 the sha256 of every file below `watch`. Exits as the last command did.
+Importing torch and DeepSpeed once saves most of the time, and every command still goes through its own main(). CASES
+is a list of {"job": name, "arguments": [...], "watch": folder or null}. For each, OUT_DIR/<number>.<rank>.json gets
+the exit code, what was written to the file descriptors 1 and 2, and on rank 0 the sha256 of every file below `watch`.
+Exits as the last command did.
 """
 
 import gc
@@ -34,7 +35,7 @@ def main(cases_file: str, out_dir: str) -> int:
 
 
 def captured(job: str, arguments: list[str], out: Path, err: Path) -> int:
-    """Run one command with the process's standard streams in files; an exception is exit 1 with a traceback, as in a shell."""
+    """Run one command with the standard streams in files; an exception is exit 1 with a traceback, as in a shell."""
     saved = os.dup(1), os.dup(2)
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
         flush()

@@ -3,6 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
+from tests.jobs import mistakes_in_models, mistakes_in_streams, mistakes_in_tasks  # noqa: F401 (each registers its own)
 from tests.jobs.launch import Case, Done, run_many
 from tests.jobs.many import digests
 from tests.jobs.mistakes import MISTAKES, Place
@@ -70,7 +71,7 @@ def test_only_data_that_was_read_leaves_a_quarantine(outcomes):
 
 @pytest.fixture(scope="module")
 def on_two_ranks(learned, tmp_path_factory) -> list[Done]:
-    """Two ranks: a batch of 6 rows in micro-batches of 2, then a stream whose second task (checked by rank 1) is bad."""
+    """Two ranks: 6 rows in micro-batches of 2, then a stream whose second task (checked by rank 1) is bad."""
     divides = Place(tmp_path_factory.mktemp("divides"), learned)
     bad_rows = Place(tmp_path_factory.mktemp("bad_rows"), learned)
     second = MISTAKES["too_many_bad_rows"].build(bad_rows) and bad_rows.root / "alone.yaml"

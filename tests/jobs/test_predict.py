@@ -31,7 +31,7 @@ BAD_JSON = {
 
 @pytest.fixture(scope="module")
 def data(learned, tmp_path_factory) -> dict[str, Path]:
-    """New rows: the test splits without their answers as three formats, and files with bad rows among seven good ones."""
+    """New rows: the test splits without their answers in three formats, and bad rows among seven good ones."""
     folder = tmp_path_factory.mktemp("new")
     files = {}
     for task, suffix in zip(TASKS, (".parquet", ".csv", ".jsonl"), strict=True):
@@ -123,7 +123,8 @@ def test_parquet_rows_get_the_published_answers_and_scores_to_the_bit(learned, r
     assert table["row_id"].to_pylist() == list(expected)
     for row in table.to_pylist():
         then = expected[row["row_id"]]
-        assert (row["answer"], row["score"], row["label_scores"]) == (then["answer"], then["score"], then["label_scores"])
+        for column in ("answer", "score", "label_scores"):
+            assert row[column] == then[column]
         assert row["bundle"] == bundle_of(learned, "first") and row["reason"] is None
 
 

@@ -28,7 +28,7 @@ def stream_of(inputs, folder: Path, number: int, method: dict, **sections) -> tu
 
 @pytest.fixture(scope="module")
 def on_two_ranks(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
-    """moe_cl with three tasks under `pin`, and with two under `follow`, once with a gate per task and once with one gate."""
+    """moe_cl with three tasks under `pin`, and with two under `follow`: with a gate per task, and with one gate."""
     folder = tmp_path_factory.mktemp("retention")
     moe_cl = LEARNING["method"]
     methods = {
@@ -46,7 +46,7 @@ def on_two_ranks(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
 
 @pytest.fixture(scope="module")
 def on_one_rank(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
-    """The methods beside moe_cl on two tasks, in a plain process; `sequential` also behind a gate against regression."""
+    """The methods beside moe_cl on two tasks, in a plain process; `sequential` also behind a gate."""
     folder = tmp_path_factory.mktemp("methods")
     sequential = {"name": "sequential", "lora": LORA}
     methods = {

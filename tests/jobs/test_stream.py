@@ -157,7 +157,8 @@ def test_predictions_hold_scores_from_which_the_row_follows(learned, task):
         folder = learned.work_dir / "increments" / f"{manifest['increment']:04d}-{manifest['task']}"
         table = pq.read_table(folder / "predictions" / f"{task}.parquet")
         rows = table.to_pylist()
-        truth = {row["id"]: row["label"] for row in pq.read_table(learned.inputs.root / task / "test.parquet").to_pylist()}
+        source = pq.read_table(learned.inputs.root / task / "test.parquet").to_pylist()
+        truth = {row["id"]: row["label"] for row in source}
         assert {row["row_id"]: row["reference"] for row in rows} == truth
         labels = ["negative", "neutral", "positive"]
         for row in rows:

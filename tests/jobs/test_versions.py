@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from jobs import audit
-from tests.jobs.conftest import LEARNING, manifests
+from tests.jobs.conftest import LEARNING, TASKS, manifests
 from tests.jobs.launch import Case, Done, run_many
 
 pytestmark = pytest.mark.timeout(900)  # set-up is one launch with a shorter limit of its own
@@ -50,7 +50,7 @@ def history(backbone_dir, tmp_path_factory) -> History:
 
     folder = tmp_path_factory.mktemp("versions")
     root, newer, work_dir = folder / "data", folder / "newer", folder / "work"
-    first, second, third = (make_task(root, name, turn=n, seed=n) for n, name in enumerate(("first", "second", "third")))
+    first, second, third = (make_task(root, name, turn=turn, seed=turn) for turn, name in enumerate(TASKS))
     make_task(newer, "second", turn=1, seed=77).unlink()  # other rows under the same names, in a root of their own
 
     def version(number: str, prompt: str) -> Path:

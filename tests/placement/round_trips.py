@@ -8,7 +8,6 @@ import torch
 
 from pipeline.backbones.load import load_tokenizer
 from pipeline.config import StreamConfig, build_method
-from pipeline.continual import prepare_tasks
 from pipeline.data.batching import global_batch, row_order
 from pipeline.methods.protocol import Increment, Tensors
 from pipeline.placement.distributed import World
@@ -24,6 +23,7 @@ from pipeline.placement.state import (
     write_weights,
 )
 from pipeline.training.loop import run_global_batch
+from tests.distributed.learning import open_tasks
 
 
 def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
     config = StreamConfig.model_validate(case["stream"])
     method = build_method(config)
     tokenizer = load_tokenizer(config.backbone)
-    rows = prepare_tasks(config, tokenizer, world, [], None)["first"].rows("train", None, config.seed)
+    rows = open_tasks(config, tokenizer, world)["first"].rows("train", None, config.seed)
     order = row_order(len(rows), 1, config.seed)
 
     def build() -> tuple[Learner, Callable[[int, int], None]]:

@@ -1,4 +1,4 @@
-"""State out of and into a live engine, to the bit: ZeRO 2 and 3, 1 and 2 ranks, fp32 and bf16, sizes that do not divide.
+"""State out of and into a live engine, to the bit: ZeRO 2 and 3, 1 and 2 ranks, fp32 and bf16, odd sizes.
 
 And the parts of DeepSpeed that `placement/state.py` and `placement/distributed.py` reach into.
 """
