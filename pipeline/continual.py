@@ -83,10 +83,12 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
             tracker.close()
             mark(work_dir, FINISHED, {"exit_code": code, "head": chain[0].sha256 if chain else None})
     except BaseException as error:
+        if isinstance(error, StoppedOnRequest):
+            if world.is_main:
+                mark(work_dir, STOPPED, {"message": str(error)})
+            world.barrier()  # the launcher ends the other ranks as soon as one has left
         if world.is_main:
             tracker.close(ok=False)
-            if isinstance(error, StoppedOnRequest):
-                mark(work_dir, STOPPED, {"message": str(error)})
         raise
     world.barrier()
     return code

@@ -82,7 +82,8 @@ def test_readme_commands_work_in_the_order_they_stand(place: Path) -> None:
             contract = (place / "tickets.yaml").read_text(encoding="utf-8")
             assert contract.count("# OWNER") == 5
             (place / "tickets.yaml").write_text(
-                re.sub(r'^(\w+): ""', lambda line: f"{line[1]}: internal", contract, flags=re.MULTILINE), encoding="utf-8"
+                re.sub(r'^(\w+): ""', lambda line: f"{line[1]}: internal", contract, flags=re.MULTILINE),
+                encoding="utf-8",
             )
     assert "PASS" in outputs["jobs/onboard.py check"]
     assert "ACC" in outputs["jobs/continual.py --stream"] and "zero_shot" in outputs["jobs/continual.py --stream"]

@@ -1,63 +1,20 @@
-"""One stream of three tasks, learned by two launches on two ranks, that several files look at from all sides."""
+"""Streams that several files look at from all sides, each learned once."""
 
-import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.jobs.launch import Done, run
-
-TASKS = ("first", "second", "third")
-# everything that decides the learned numbers; dropout and clipping are on, so that what continues must carry them
-LEARNING = {
-    "method": {
-        "name": "moe_cl",
-        "lora": {"rank": 3, "alpha": 6, "dropout": 0.1},
-        "adversary": {"weight": 0.1, "negatives": "prototypes"},
-        "retention": {"policy": "best"},
-    },
-    "training": {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "gradient_clipping": 1.0},
-    "evaluation": {"baselines": ["zero_shot", "tfidf"]},
-}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the streams of this folder are made of; not to be changed."""
-
-    root: Path  # data root and contracts: <task>/{train,validation,test}.parquet, <task>.yaml
-    backbone: Path
-
-    def contract(self, task: str) -> Path:
-        """A task's contract file."""
-        return self.root / f"{task}.yaml"
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A work_dir after two launches: the first `--until first`, the second to the end."""
-
-    inputs: Inputs
-    stream: Path
-    work_dir: Path
-    first: Done
-    second: Done
-    after_first: dict[str, str]  # sha256 of every file below work_dir after the first launch
-    backbone: dict[str, str]  # sha256 of every backbone file before the first launch
-
-    @property
-    def manifests(self) -> list[dict]:
-        """Oldest first, as JSON."""
-        return manifests(self.work_dir)
+from tests.helpers import make_stream, make_task
+from tests.jobs.launch import Done, run, run_many
+from tests.jobs.many import digests
+from tests.jobs.mistakes import Place
+from tests.jobs.mistakes_in_tasks import too_many_bad_rows
+from tests.jobs.streams import LEARNING, TASKS, Inputs, Learned, stream_of
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory, backbone_dir) -> Inputs:
     """Three tasks whose labels contradict each other, and the tiny backbone."""
-    from tests.helpers import make_task
-
     root = tmp_path_factory.mktemp("jobs-data")
     for turn, task in enumerate(TASKS):
         make_task(root, task, turn=turn, seed=turn)
@@ -67,9 +24,6 @@ def inputs(tmp_path_factory, backbone_dir) -> Inputs:
 @pytest.fixture(scope="session")
 def learned(inputs, tmp_path_factory) -> Learned:
     """The stream learned on two ranks with ZeRO-3, in two launches."""
-    from tests.helpers import make_stream
-    from tests.jobs.many import digests
-
     folder = tmp_path_factory.mktemp("learned")
     work_dir = folder / "work"
     contracts = [inputs.contract(task) for task in TASKS]
@@ -81,13 +35,24 @@ def learned(inputs, tmp_path_factory) -> Learned:
     return Learned(inputs, stream, work_dir, first, second, after_first, backbone)
 
 
-@pytest.fixture
-def copy(learned, tmp_path) -> Path:
-    """A copy of the learned work_dir, to be changed."""
-    return Path(shutil.copytree(learned.work_dir, tmp_path / "copy"))
+@pytest.fixture(scope="session")
+def on_two_ranks(inputs, learned, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
+    """Commands that share one launch of two ranks; {name: (work_dir, what became of it)}.
 
-
-def manifests(work_dir: Path) -> list[dict]:
-    """The manifests of a work_dir, oldest first, as JSON."""
-    files = sorted((work_dir / "increments").glob("*/manifest.json"))
-    return [json.loads(file.read_text()) for file in files]
+    `pin`: three tasks under retention `pin`. `divides`: a batch of 6 rows in micro-batches of 2. `bad_rows`: a stream
+    whose second task, which rank 1 checks, has too many bad rows.
+    """
+    folder = tmp_path_factory.mktemp("two_ranks")
+    method = LEARNING["method"] | {"retention": {"policy": "pin"}}
+    pin = stream_of(inputs, folder / "pin", TASKS, method, training=LEARNING["training"] | {"epochs": 1})
+    divides, bad_rows = (Place(folder / name, learned) for name in ("divides", "bad_rows"))
+    divides.folder.mkdir()
+    bad_rows.folder.mkdir()
+    too_many_bad_rows(bad_rows)
+    cases = {
+        "pin": pin,
+        "divides": divides.case(divides.stream(training={"batch_size": 6, "micro_batch_size": 2})),
+        "bad_rows": bad_rows.case(bad_rows.stream(bad_rows.task("good"), bad_rows.root / "alone.yaml")),
+    }
+    done = run_many([case for _, case in cases.values()], folder / "out", ranks=2)
+    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}

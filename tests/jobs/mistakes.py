@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import make_stream, make_task
-from tests.jobs.conftest import LEARNING, TASKS, Learned
+from tests.jobs.launch import Case
+from tests.jobs.streams import LEARNING, TASKS, Learned
 
 ROWS = {"train": 12, "validation": 6, "test": 6}
 
@@ -61,6 +62,10 @@ class Place:
         backbone = sections.pop("backbone_dir", self.learned.inputs.backbone)
         path = make_stream(self.folder / "stream.yaml", self.work_dir, backbone, root, tasks, **(LEARNING | sections))
         return ["--stream", str(path)]
+
+    def case(self, arguments: list[str]) -> tuple[Path, Case]:
+        """The work_dir, and the command with these arguments that may not publish into it."""
+        return self.work_dir, Case("continual", arguments, self.work_dir)
 
     def deepspeed(self, text: str) -> list[str]:
         """Arguments that name a DeepSpeed file with this text."""

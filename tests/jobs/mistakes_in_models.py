@@ -4,8 +4,8 @@ import json
 import shutil
 
 from tests.helpers import save_backbone
-from tests.jobs.conftest import LEARNING
 from tests.jobs.mistakes import Place, mistake
+from tests.jobs.streams import LEARNING
 
 # ---- backbone and experts
 

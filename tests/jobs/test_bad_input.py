@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.jobs import mistakes_in_models, mistakes_in_streams, mistakes_in_tasks  # noqa: F401 (each registers its own)
-from tests.jobs.launch import Case, Done, run_many
+from tests.jobs.launch import Done, run_many
 from tests.jobs.many import digests
 from tests.jobs.mistakes import MISTAKES, Place
 
@@ -29,7 +29,7 @@ def before(places) -> dict[str, tuple[list[str], dict[str, str]]]:
 @pytest.fixture(scope="module")
 def outcomes(places, before, tmp_path_factory) -> dict[str, Done]:
     """What became of each mistake; one process for all of them."""
-    cases = [Case("continual", arguments, places[name].work_dir) for name, (arguments, _) in before.items()]
+    cases = [places[name].case(arguments)[1] for name, (arguments, _) in before.items()]
     return dict(zip(before, run_many(cases, tmp_path_factory.mktemp("bad") / "out"), strict=True))
 
 
@@ -69,24 +69,12 @@ def test_only_data_that_was_read_leaves_a_quarantine(outcomes):
     assert with_quarantine == ["too_many_bad_rows"]
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(learned, tmp_path_factory) -> list[Done]:
-    """Two ranks: 6 rows in micro-batches of 2, then a stream whose second task (checked by rank 1) is bad."""
-    divides = Place(tmp_path_factory.mktemp("divides"), learned)
-    bad_rows = Place(tmp_path_factory.mktemp("bad_rows"), learned)
-    second = MISTAKES["too_many_bad_rows"].build(bad_rows) and bad_rows.root / "alone.yaml"
-    cases = [
-        Case("continual", divides.stream(training={"batch_size": 6, "micro_batch_size": 2}), divides.work_dir),
-        Case("continual", bad_rows.stream(bad_rows.task("good"), second), bad_rows.work_dir),
-    ]
-    return run_many(cases, tmp_path_factory.mktemp("two") / "out", ranks=2)
-
-
 @pytest.mark.parametrize(
-    ("number", "says"), [(0, "batch_size 6 does not divide over 2 ranks x micro_batch_size 2"), (1, "5 of 24 rows")]
+    ("name", "says"),
+    [("divides", "batch_size 6 does not divide over 2 ranks x micro_batch_size 2"), ("bad_rows", "5 of 24 rows")],
 )
-def test_two_ranks_say_one_sentence_and_all_exit_2(on_two_ranks, number, says):
-    done = on_two_ranks[number]
+def test_two_ranks_say_one_sentence_and_all_exit_2(on_two_ranks, name, says):
+    _, done = on_two_ranks[name]
     assert [done.code, *(other.code for other in done.others)] == [2, 2], done.text
     assert len(done.stderr.splitlines()) == 1 and says in done.stderr, done.text
     assert done.others[0].stderr == ""

@@ -11,9 +11,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from tests.jobs.conftest import TASKS
 from tests.jobs.launch import Case, run, run_many
 from tests.jobs.many import digests
+from tests.jobs.streams import TASKS
 
 pytestmark = pytest.mark.timeout(1200)  # set-up learns a stream
 COLUMNS = ["row_id", "answer", "score", "label_scores", "bundle", "reason"]

@@ -1,6 +1,7 @@
 """What earlier tasks are served with after later increments, and the methods beside moe_cl, as whole jobs."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,59 +9,48 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import audit
-from tests.jobs.conftest import LEARNING, TASKS, manifests
-from tests.jobs.launch import Case, Done, run_many
+from tests.jobs.launch import Done, run_many
+from tests.jobs.streams import LEARNING, TASKS, manifests, stream_of
 
 pytestmark = pytest.mark.timeout(1200)  # set-up is one launch with a shorter limit of its own, or a learned stream
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
 FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2}
 
 
-def stream_of(inputs, folder: Path, number: int, method: dict, **sections) -> tuple[Path, Case]:
-    """The work_dir of a stream of the first `number` tasks, and the command that learns it."""
-    from tests.helpers import make_stream
-
-    folder.mkdir()
-    contracts = [inputs.contract(task) for task in TASKS[:number]]
-    path = make_stream(folder / "stream.yaml", folder / "work", inputs.backbone, inputs.root, contracts, **sections)
-    return folder / "work", Case("continual", ["--stream", path, "--set", f"method={json.dumps(method)}"])
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
-    """moe_cl with three tasks under `pin`, and with two under `follow`: with a gate per task, and with one gate."""
-    folder = tmp_path_factory.mktemp("retention")
-    moe_cl = LEARNING["method"]
-    methods = {
-        "pin": (3, moe_cl | {"retention": {"policy": "pin"}}),
-        "follow": (2, moe_cl | {"retention": {"policy": "follow"}}),
-        "follow_one_gate": (2, moe_cl | {"retention": {"policy": "follow"}, "gate": "shared"}),
-    }
-    training = {"training": LEARNING["training"] | {"epochs": 2}}
-    streams = {
-        name: stream_of(inputs, folder / name, number, method, **training) for name, (number, method) in methods.items()
-    }
-    done = run_many([case for _, case in streams.values()], folder / "out", ranks=2)
-    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(streams.items(), done, strict=True)}
-
-
 @pytest.fixture(scope="module")
 def on_one_rank(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
-    """The methods beside moe_cl on two tasks, in a plain process; `sequential` also behind a gate."""
+    """Two tasks in a plain process, one stream after another; `guarded` is `sequential` behind a gate."""
     folder = tmp_path_factory.mktemp("methods")
+    follow = LEARNING["method"] | {"retention": {"policy": "follow"}}
     sequential = {"name": "sequential", "lora": LORA}
-    methods = {
-        "sequential": (sequential, {}),
-        "per_task": ({"name": "per_task", "lora": LORA}, {}),
-        "zero_shot": ({"name": "zero_shot"}, {}),
-        "guarded": (sequential, {"gate": {"max_regression": 0.1}}),
-    }
+    once = {"training": FAST | {"epochs": 1}}
     streams = {
-        name: stream_of(inputs, folder / name, 2, method, training=FAST, **sections)
-        for name, (method, sections) in methods.items()
+        "follow": (follow, once),
+        "follow_one_gate": (follow | {"gate": "shared"}, once),
+        "sequential": (sequential, {"training": FAST}),
+        "guarded": (sequential, {"training": FAST, "gate": {"max_regression": 0.1}}),
+        "per_task": ({"name": "per_task", "lora": LORA}, once),
+        "zero_shot": ({"name": "zero_shot"}, once),
     }
-    done = run_many([case for _, case in streams.values()], folder / "out")
-    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(streams.items(), done, strict=True)}
+    cases = {
+        name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)
+        for name, (method, sections) in streams.items()
+    }
+    for work_dir, _ in cases.values():  # creating MLflow's database takes seconds: one empty one serves all
+        work_dir.mkdir()
+        shutil.copy(empty_database(folder), work_dir / "mlflow.db")
+    done = run_many([case for _, case in cases.values()], folder / "out")
+    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
+
+
+def empty_database(folder: Path) -> Path:
+    """An MLflow database without runs, made by MLflow."""
+    from mlflow import MlflowClient
+
+    path = folder / "empty.db"
+    if not path.is_file():
+        MlflowClient(tracking_uri=f"sqlite:///{path}").get_experiment_by_name("perennial")
+    return path
 
 
 def predictions(work_dir: Path, number: int, task: str) -> bytes:
@@ -95,8 +85,8 @@ def test_with_pin_an_increment_changes_its_own_bundle_alone(on_two_ranks):
         }
 
 
-def test_with_follow_every_bundle_holds_the_newest_shared_expert(on_two_ranks):
-    work_dir, done = on_two_ranks["follow"]
+def test_with_follow_every_bundle_holds_the_newest_shared_expert(on_one_rank):
+    work_dir, done = on_one_rank["follow"]
     assert done.code == 0, done.text
     first, second = manifests(work_dir)
     bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
@@ -106,8 +96,8 @@ def test_with_follow_every_bundle_holds_the_newest_shared_expert(on_two_ranks):
     assert predictions(work_dir, 2, "first") != predictions(work_dir, 1, "first")  # it can be seen in the scores
 
 
-def test_with_follow_and_one_gate_the_gate_moves_too(on_two_ranks):
-    work_dir, done = on_two_ranks["follow_one_gate"]
+def test_with_follow_and_one_gate_the_gate_moves_too(on_one_rank):
+    work_dir, done = on_one_rank["follow_one_gate"]
     assert done.code == 0, done.text
     first, second = manifests(work_dir)
     bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]

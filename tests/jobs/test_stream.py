@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.jobs.conftest import LEARNING, TASKS
 from tests.jobs.launch import run
 from tests.jobs.many import digests
+from tests.jobs.streams import LEARNING, TASKS
 
 pytestmark = pytest.mark.timeout(1200)  # set-up is two launches, each with a shorter limit of its own
 STEPS = 18  # 48 rows x 3 epochs / 8 rows

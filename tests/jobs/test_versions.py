@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from jobs import audit
-from tests.jobs.conftest import LEARNING, TASKS, manifests
 from tests.jobs.launch import Case, Done, run_many
+from tests.jobs.streams import LEARNING, TASKS, manifests
 
 pytestmark = pytest.mark.timeout(900)  # set-up is one launch with a shorter limit of its own
 STILL = "training.learning_rate=1e-9"  # so small that experts end as they began: their start can be seen
