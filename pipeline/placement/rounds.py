@@ -12,14 +12,23 @@ def run_batches(
 ) -> list[tuple[list[int], Any]]:
     """Run `work(rows)` on batches of rows of like length; every (rows, result), in batch order per rank, on every rank.
 
-    The batches depend on the lengths alone; rank r takes every world-size-th of them from the r-th on. A rank without a
-    batch left repeats the shortest row and drops the result. Collective.
+    The batches depend on the lengths and the world size alone; rank r takes every world-size-th of them from the r-th
+    on. A rank without a batch left repeats the shortest row and drops the result. Collective.
     """
     longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches = cut(longest_first, lengths, len(lengths), batch_tokens)
+    batches = cut(longest_first, lengths, len(lengths), fair_budget(sum(lengths), batch_tokens, world.size))
     own = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     done = [(rows, work(rows)) for rows in own]
     for _ in range(rounds - len(own)):
         work([longest_first[-1]])
     return [item for part in world.gather(done) for item in part]
+
+
+def fair_budget(tokens: int, batch_tokens: int, world_size: int) -> int:
+    """The token budget, at most `batch_tokens`, that cuts `tokens` into about as many batches for every rank.
+
+    With the whole budget, one batch might hold all rows, and one rank would do all the work.
+    """
+    rounds = -(-tokens // (world_size * batch_tokens))
+    return min(batch_tokens, -(-tokens // (world_size * rounds)))

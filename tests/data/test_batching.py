@@ -17,7 +17,7 @@ from pipeline.data.batching import (
     select_rows,
 )
 from pipeline.placement.distributed import World
-from pipeline.placement.rounds import run_batches
+from pipeline.placement.rounds import fair_budget, run_batches
 
 WORLDS = (1, 2, 3)
 
@@ -162,3 +162,10 @@ def test_evaluation_deals_every_row_once_and_every_rank_the_same_number_of_passe
     assert len({len(made) for made in calls}) == 1
     for part in (part for made in calls for part in made):
         assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= 64
+
+
+def test_rows_that_fit_one_batch_are_still_shared_by_the_ranks():
+    assert fair_budget(3000, batch_tokens=4096, world_size=2) == 1500
+    assert fair_budget(3000, batch_tokens=4096, world_size=1) == 3000
+    assert fair_budget(9000, batch_tokens=4096, world_size=2) == 2250  # two rounds of two
+    assert fair_budget(8192, batch_tokens=4096, world_size=2) == 4096
