@@ -41,6 +41,12 @@ class RowsConfig(Section):
     test: int | None = Field(None, ge=1)
 
 
+class RoutedLearningRate(Section):
+    """Hunyuan-Large's law for LoRA experts on routed experts, which see top_k / E of the tokens (METHODS section 6)."""
+
+    noise_batch_tokens: int | None = Field(None, ge=1)  # null: the square-root limit, sqrt(top_k / E)
+
+
 class TrainingConfig(Section):
     """How one increment is trained. Batches count rows, budgets count tokens, learning rates are AdamW's."""
 
@@ -49,6 +55,7 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(16, ge=1)  # most rows of one forward pass on one rank
     micro_batch_tokens: int = Field(2048, ge=16)  # most tokens, padding included, of one forward pass on one rank
     learning_rate: float = Field(2e-4, gt=0)
+    routed_learning_rate: RoutedLearningRate | None = None  # null: the same learning rate for all
     weight_decay: float = Field(0.0, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
     gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off

@@ -22,7 +22,7 @@ from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
 from pipeline.increments import champion_row, check_same_model, inputs_key, measurable, next_increment, standing
 from pipeline.placement.distributed import World, start_world
-from pipeline.placement.learner import build_learner, check_before_loading
+from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.report import final_report, print_start
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.gate import gate
@@ -50,6 +50,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
     check_before_loading(config, method.plan)
     tokenizer = load_tokenizer(config.backbone)
     world = start_world()
+    check_world(config, world)
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
     chain = world.on_main(lambda: open_work_dir(work_dir))

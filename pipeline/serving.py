@@ -12,7 +12,7 @@ from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, sha256_text
 from pipeline.methods.protocol import Bundle
 from pipeline.placement.distributed import start_world
-from pipeline.placement.learner import build_learner, check_before_loading
+from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.stages.job import Job
 from pipeline.tracking.chain import Champion, fold, load_chain
 from pipeline.tracking.manifest import Manifest
@@ -70,6 +70,7 @@ def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] =
     check_before_loading(config, method.plan)
     tokenizer = load_tokenizer(config.backbone)
     world = start_world()
+    check_world(config, world)
     learner = build_learner(config, method.plan, world, train=False)
     job = Job(config, world, folder, method, tokenizer, learner, Bank(folder / "bank"), {})
     return Served(job, fold(chain), chain)

@@ -162,9 +162,9 @@ def make_stream(path: Path, work_dir: Path, backbone: Path, root: Path, tasks: S
 
 def light_learner(model: PreTrainedModel, plan: ExpertPlan | None = None) -> Learner:
     """A learner of one process without DeepSpeed's engine, on the CPU; experts are attached to `model` itself."""
-    ffns = attach_experts(model, family_of(model.config), plan) if plan else []
+    experts = attach_experts(model, family_of(model.config), plan)
     world = World(rank=0, size=1, device=torch.device("cpu"))
-    return Learner(world, AnswerModel(model), ffns, components_of(ffns), None)
+    return Learner(world, AnswerModel(model), experts, components_of(experts), None)
 
 
 @torch.no_grad()

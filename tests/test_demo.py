@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts import UserError, load_contract
+from jobs import demo as command
 from pipeline import demo, demo_tasks
 from pipeline.data.ingest import ingest
 from pipeline.files import sha256_file
+from tests.helpers import build_tokenizer, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACTS = ROOT / "data_contracts" / "tasks"
@@ -225,6 +227,55 @@ def test_a_package_that_cannot_be_fetched_is_one_sentence_and_exit_2(tmp_path):
     assert done.stderr.startswith("demo: pip could not fetch vaderSentiment==3.3.2")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "demo" / "data").exists()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The demo's builds without packages: a tiny Llama in bfloat16 as the backbone, no data."""
+
+    def build_backbone(scratch, result):
+        tiny_llama(330).bfloat16().save_pretrained(result)
+        build_tokenizer().save_pretrained(result)
+
+    monkeypatch.setattr(demo, "_build_backbone", build_backbone)
+    monkeypatch.setattr(demo, "_build_data", lambda scratch, result: None)
+
+
+def test_the_moe_backbone_is_made_on_demand_once_and_again_for_other_sizes(tmp_path, offline, capsys):
+    def config():
+        return json.loads((tmp_path / "backbone_moe" / "config.json").read_text())
+
+    def sizes():
+        return config()["num_local_experts"], config()["num_experts_per_tok"]
+
+    assert command.main(["--dir", str(tmp_path)]) == 0
+    assert not (tmp_path / "backbone_moe").exists()
+    assert command.main(["--dir", str(tmp_path), "--moe"]) == 0
+    assert (config()["model_type"], config()["dtype"], *sizes()) == ("mixtral", "bfloat16", 4, 2)
+    capsys.readouterr()
+    assert command.main(["--dir", str(tmp_path), "--moe", "--experts", "4"]) == 0
+    assert f"{tmp_path / 'backbone_moe'}: already made" in capsys.readouterr().out
+    assert command.main(["--dir", str(tmp_path), "--moe", "--experts", "3", "--top-k", "1"]) == 0
+    assert sizes() == (3, 1)
+    assert command.main(["--dir", str(tmp_path), "--moe", "--top-k", "5"]) == 2
+    assert capsys.readouterr().err == "demo: top-k is 5 of 4 experts: choose 1 <= top-k <= experts\n"
+    assert sizes() == (3, 1)
+
+
+def test_a_new_dense_backbone_gives_a_new_moe_backbone(tmp_path, offline, monkeypatch, capsys):
+    demo.make_demo(tmp_path, demo.MoeSize())
+    monkeypatch.setattr(demo, "BACKBONE_RECIPE", demo.BACKBONE_RECIPE | {"format": 99})
+    capsys.readouterr()
+    demo.make_demo(tmp_path, demo.MoeSize())
+    assert f"{tmp_path / 'backbone_moe'}: making it" in capsys.readouterr().out
+
+
+def test_counts_of_experts_without_moe_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--dir", str(tmp_path / "demo"), "--experts", "4"])
+    assert stopped.value.code == 2
+    assert "--experts and --top-k go with --moe" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_recipes_hold_everything_that_decides_the_content():

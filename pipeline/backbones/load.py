@@ -8,10 +8,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from data_contracts.errors import UserError
-from pipeline.backbones.families import DenseFamily, family_of
+from pipeline.backbones.families import Family, family_of
 from pipeline.config import BackboneConfig
 from pipeline.files import canonical_json, sha256_file, sha256_text
 
@@ -21,7 +28,7 @@ class Backbone:
     """A frozen causal LM with its family. `model` may be partitioned by ZeRO-3."""
 
     model: nn.Module
-    family: DenseFamily
+    family: Family
 
 
 def load_config(config: BackboneConfig) -> PreTrainedConfig:
@@ -81,6 +88,26 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     )
     model.requires_grad_(False)
     return Backbone(model.eval(), family)
+
+
+def skeleton(config: BackboneConfig) -> tuple[PreTrainedModel, Family]:
+    """The stock model without weights, and its family: frozen, eval mode, sdpa attention, tied weights one object.
+
+    Parameters and the buffers that a checkpoint holds are on the meta device, for `placement.materialise`. What the
+    model computes itself, such as rotary frequencies, is real and on the CPU.
+    """
+    model_config = load_config(config)
+    family = family_of(model_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", trust_remote_code=False
+        )
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            real = type(module)(module.config)  # these modules take the configuration and nothing else
+            for name in module._non_persistent_buffers_set:
+                module._buffers[name] = real.get_buffer(name)
+    return model.requires_grad_(False).eval(), family
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,12 +6,14 @@ discriminator.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import nn
 
-from pipeline.backbones.families import DenseFamily
+from pipeline.backbones.families import PROJECTIONS, Family
 from pipeline.experts.dual_ffn import ExpertFFN
-from pipeline.experts.lora import LoraOptions, targeted_projections
+from pipeline.experts.linear import ExpertLinear
+from pipeline.experts.lora import LoraExpert, LoraOptions, LoraPair, targeted_projections
 
 
 @dataclass(frozen=True)
@@ -25,36 +27,113 @@ class ExpertPlan:
     learning_rates: Mapping[str, float | None] = field(default_factory=dict)
 
 
+class Sharing(Protocol):
+    """How routed experts are shared out over ranks; see placement/expert_parallel.py."""
+
+    group: Any
+
+    def own(self, parameter: nn.Parameter, num_experts: int) -> None:
+        """Mark a parameter that holds this rank's share."""
+
+
+@dataclass
+class Experts:
+    """The modules that carry LoRA experts, first layer first, and those that only hold routed experts."""
+
+    ffns: list[ExpertFFN] = field(default_factory=list)
+    linears: list[ExpertLinear] = field(default_factory=list)  # of the attentions
+    bare: list[ExpertFFN] = field(default_factory=list)  # routed blocks that nothing is attached to
+
+
 Components = dict[str, dict[str, nn.Parameter]]  # {component: {public tensor name: parameter}}
 
 
-def attach_experts(model: nn.Module, family: DenseFamily, plan: ExpertPlan) -> list[ExpertFFN]:
-    """Replace every targeted FFN by an `ExpertFFN` around it; returns them, first layer first.
+def attach_experts(
+    model: nn.Module, family: Family, plan: ExpertPlan | None, sharing: Sharing | None = None
+) -> Experts:
+    """Replace every targeted FFN, and every routed block, by an `ExpertFFN` around it, and targeted projections of the
+    attentions by an `ExpertLinear`.
 
-    Raises UserError where a target matches nothing.
+    With `sharing` the routed blocks hold this rank's share of their experts. Raises UserError where a target matches
+    nothing.
     """
-    projections = targeted_projections(family, model, plan.lora.targets)
-    ffns = []
+    targets = targeted_projections(family, model, plan.lora.targets) if plan else {}
+    experts = Experts()
     for path, layer, ffn in list(family.feed_forwards(model)):
-        if path not in projections:
+        routed = family.routed if family.is_routed(ffn) else None
+        wrapped = ExpertFFN(ffn, path, routed, sharing.group if sharing else None)
+        sites = {part: f"{path}.{part}" if part else path for part in wrapped.parts}
+        adapted = {part: targets[site] for part, site in sites.items() if site in targets}
+        if adapted:
+            by_part = {
+                part: lora_experts(wrapped.parts[part], projections, plan, sharing, wrapped.num_experts)
+                for part, projections in adapted.items()
+            }
+            width = model.config.hidden_size
+            wrapped.attach(len(experts.ffns), plan.roles, by_part, plan.lora, plan.num_discriminator_outputs, width)
+            experts.ffns.append(wrapped)
+        elif routed:
+            experts.bare.append(wrapped)
+        else:
             continue
-        wrapped = ExpertFFN(ffn, len(ffns), plan.roles, projections[path], plan.lora, plan.num_discriminator_outputs)
-        wrapped.path = path
         setattr(layer, family.ffn, wrapped)
-        ffns.append(wrapped)
-    return ffns
+    for path, attention in family.attentions(model):
+        for projection in targets.get(path, ()):
+            linear = ExpertLinear(getattr(attention, projection), f"{path}.{projection}", plan.roles, plan.lora)
+            setattr(attention, projection, linear)
+            experts.linears.append(linear)
+    return experts
 
 
-def components_of(ffns: list[ExpertFFN]) -> Components:
+def lora_experts(
+    frozen: nn.Module, projections: list[str], plan: ExpertPlan, sharing: Sharing | None, num_experts: int
+) -> dict[str, LoraExpert]:
+    """A LoRA expert for each role on one part of an FFN: on its networks' weights, stacked or single."""
+    shapes = _projection_shapes(frozen)
+    weight = next(frozen.parameters())
+    by_role = {}
+    for role in plan.roles:
+        pairs = {name: LoraPair(shapes[name], plan.lora.rank, weight.dtype, _real(weight)) for name in projections}
+        by_role[role] = LoraExpert(pairs)
+        if sharing and len(shapes["down_proj"]) == 3:
+            for parameter in by_role[role].parameters():
+                sharing.own(parameter, num_experts)
+    return by_role
+
+
+def _projection_shapes(frozen: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Weight shape of each projection: (out, in), or (E, out, in) for the stacked weights of routed experts."""
+    if hasattr(frozen, "gate_up_proj"):
+        num_experts, width, ffn_width = frozen.down_proj.shape
+        inner = (num_experts, ffn_width, width)
+        return {"gate_proj": inner, "up_proj": inner, "down_proj": (num_experts, width, ffn_width)}
+    linears = {name: getattr(frozen, name) for name in PROJECTIONS}
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def _real(weight: nn.Parameter):
+    """Where LoRA tensors start: with the weight; on the CPU for a weight that is not loaded yet."""
+    return "cpu" if weight.device.type == "meta" else weight.device
+
+
+def components_of(experts: Experts) -> Components:
     """Every trainable parameter under its component and its public name, e.g.
-    `shared` -> `model.layers.3.mlp.gate_proj.lora_A` (R, D), `gate` -> `model.layers.3.mlp.gate.weight` (roles, D)."""
+    `shared` -> `model.layers.3.mlp.gate_proj.lora_A` (R, D), or `model.layers.3.mlp.experts.gate_proj.lora_A` (E, R, D),
+    `gate` -> `model.layers.3.mlp.gate.weight` (roles, D)."""
     components: Components = {}
-    for ffn in ffns:
-        for role, expert in ffn.experts.items():
-            for projection, pair in expert.items():
-                for name, parameter in pair.named_parameters():
-                    components.setdefault(role, {})[f"{ffn.path}.{projection}.{name}"] = parameter
+    for ffn in experts.ffns:
+        for part, by_role in ffn.experts.items():
+            path = ffn.path if part == "ffn" else f"{ffn.path}.{part}"
+            for role, expert in by_role.items():
+                for projection, pair in expert.items():
+                    for name, parameter in pair.named_parameters():
+                        components.setdefault(role, {})[f"{path}.{projection}.{name}"] = parameter
+    for linear in experts.linears:
+        for role, pair in linear.experts.items():
+            for name, parameter in pair.named_parameters():
+                components.setdefault(role, {})[f"{linear.path}.{name}"] = parameter
+    for module in [*experts.ffns, *experts.linears]:
         for component in ("gate", "discriminator"):
-            for name, parameter in getattr(ffn, component, nn.Module()).named_parameters():
-                components.setdefault(component, {})[f"{ffn.path}.{component}.{name}"] = parameter
+            for name, parameter in getattr(module, component, nn.Module()).named_parameters():
+                components.setdefault(component, {})[f"{module.path}.{component}.{name}"] = parameter
     return components

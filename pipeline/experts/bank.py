@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from safetensors.torch import load, save
 
 from data_contracts.errors import UserError
 from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file
+from pipeline.tensor_files import METADATA_KEY, TensorFile, write_tensors
 
-METADATA_KEY = "perennial"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,13 +53,32 @@ class Bank:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if sha256_file(temporary) != sha:
-                raise UserError(f"{path}: what was written reads back differently; check the disk, then run again")
-            os.replace(temporary, path)
+            self._keep(temporary, sha)
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_dir(self.root)
         return sha
+
+    def put_stream(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """`put` for fp32 tensors that come one at a time, in the order of their names: no more than one is held."""
+        if not shapes:
+            raise ValueError("the bank was given no tensors to publish")
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary = self.root / f".stream.{secrets.token_hex(4)}.tmp"
+        try:
+            sha = write_tensors(temporary, shapes, tensors, canonical_json(dict(metadata)) if metadata else None)
+            self._keep(temporary, sha)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return sha
+
+    def open(self, sha: str) -> TensorFile:
+        """The file of `sha` for reading by slices; `verify` it first, since its bytes are not hashed here."""
+        return TensorFile(self.path(sha))
 
     def get(self, sha: str) -> dict[str, torch.Tensor]:
         """The tensors stored under `sha`, on the CPU. The bytes are hashed before they are parsed.
@@ -100,6 +119,17 @@ class Bank:
                 f"{self.root}: {sha!r} is not a sha256 in 64 lower-case hex digits; the file that names it is damaged"
             )
         return self.root / f"{sha}.safetensors"
+
+    def _keep(self, temporary: Path, sha: str) -> None:
+        """Give a file that was written and synced its name, once it reads back as what was written."""
+        path = self.path(sha)
+        if path.exists():
+            self.verify(sha)
+            return
+        if sha256_file(temporary) != sha:
+            raise UserError(f"{path}: what was written reads back differently; check the disk, then run again")
+        os.replace(temporary, path)
+        fsync_dir(self.root)
 
     def _verified_bytes(self, sha: str) -> bytes:
         path = self.path(sha)

@@ -1,141 +1,214 @@
-"""The expert FFN: a frozen SwiGLU feed-forward network with LoRA experts and a token-wise gate (METHODS section 1).
+"""The expert FFN: a frozen feed-forward network or routed block with LoRA experts and a token-wise gate.
 
-    a = W_gate x, b = W_up x                                  frozen, once
-    h_e = act(a + L_gate,e x) * (b + L_up,e x)                one a LoRA expert e
-    beta = softmax(G x)
-    y = W_down (sum_e beta_e h_e) + sum_e L_down,e (beta_e h_e)
+    z_e = sum_k w_k z_{e, routed expert k} + z_e of the always-on network;   y = sum_e beta_e z_e,  beta = softmax(G x)
 
-The frozen down-projection is linear and the gate sums to one, so this equals mixing two whole FFNs, at one frozen
-matmul.
+or, on a dense layer, one network alone. The frozen down-projection is linear and the gate sums to one, so mixing
+happens before it and costs one frozen matmul (METHODS section 1; the algebra is in swiglu.py).
 
-Legend: B sequences, packed into N rows of S tokens; D model width, F FFN width, R LoRA rank.
+Legend: B sequences, packed into N rows of S tokens (T = N * S); D model width, F FFN width, K top-k, C token copies on
+the rank that owns their routed expert.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.backbones.families import RoutedBlock
 from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator, pooled_mean
-from pipeline.experts.lora import LoraExpert, LoraOptions, LoraPair
+from pipeline.experts.dispatch import route
+from pipeline.experts.lora import LoraExpert, LoraOptions
+from pipeline.experts.swiglu import GroupedLinear, add, expert_down, expert_hidden
 
 
 class ExpertFFN(nn.Module):
-    """Holds the frozen FFN and its LoRA experts, one for each role ('shared', 'dedicated', 'adapter', ...).
+    """Holds the frozen FFN, or routed block, and its LoRA experts, one for each role ('shared', 'dedicated', ...).
 
     `active` names the roles that speak: none is the bare backbone, one speaks alone, more are mixed by the gate.
-    It is a ZeRO-3 leaf module: all its parameters are fetched together, since its forward reads them directly.
+    It is a ZeRO-3 leaf module: all its parameters are fetched together, since its forward reads them directly, and
+    since ranks that route differently must fetch the same.
     """
 
-    def __init__(
-        self,
-        ffn: nn.Module,
-        layer: int,
-        roles: tuple[str, ...],
-        projections: list[str],
-        lora: LoraOptions,
-        num_discriminator_outputs: int = 0,
-    ) -> None:
+    def __init__(self, ffn: nn.Module, path: str, routed: RoutedBlock | None, group: Any) -> None:
+        """`routed` describes a block whose experts are spread over the ranks of `group` (None: all are here)."""
         super().__init__()
         self.ffn = ffn
-        self.layer = layer  # index among the adapted layers
+        self.path = path  # public: model.layers.3.mlp
+        self.routed = routed
+        router = getattr(ffn, routed.router) if routed else None
+        self.num_experts, self.top_k = (router.num_experts, router.top_k) if routed else (0, 0)
+        self.group = group
+        self.layer = -1  # index among the adapted layers
+        self.experts = nn.ModuleDict()  # part of the FFN -> role -> LoraExpert
+        self.scaling = 1.0
+        self.dropout = nn.Dropout(0.0)
+        self.active: tuple[str, ...] = ()
+        self.adversary: AdversaryStep | None = None  # set for one micro-batch by the method
+        self.pool: torch.Tensor | None = None  # (B, T): when set, `pooled` collects the shared expert's mean output
+        self.pooled: torch.Tensor | None = None
+        self.register_forward_pre_hook(require_input_gradient)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Name -> frozen module of what can carry LoRA experts: '' is the whole of a dense layer."""
+        if self.routed is None:
+            return {"": self.ffn}
+        names = [self.routed.experts, *([self.routed.always_on] if self.routed.always_on else [])]
+        return {name: getattr(self.ffn, name) for name in names}
+
+    def attach(
+        self,
+        layer: int,
+        roles: tuple[str, ...],
+        experts: dict[str, dict[str, LoraExpert]],
+        lora: LoraOptions,
+        num_discriminator_outputs: int,
+        width: int,
+    ) -> None:
+        """Add LoRA experts: {part: {role: LoraExpert}}; with more than one role a gate, and perhaps a discriminator."""
+        self.layer = layer
+        self.roles = roles
         self.scaling = lora.alpha / lora.rank
         self.dropout = nn.Dropout(lora.dropout)
-        weight = ffn.gate_proj.weight
-        dtype, device = weight.dtype, weight.device
-        width, ffn_width = ffn.gate_proj.in_features, ffn.gate_proj.out_features
-        shapes = {name: (width, ffn_width) if name == "down_proj" else (ffn_width, width) for name in projections}
-        self.experts = nn.ModuleDict(
-            {
-                role: LoraExpert({name: LoraPair(shape, lora.rank, dtype, device) for name, shape in shapes.items()})
-                for role in roles
-            }
-        )
+        # a module's name cannot be empty
+        self.experts = nn.ModuleDict({part or "ffn": nn.ModuleDict(by_role) for part, by_role in experts.items()})
+        some = next(self.experts.parameters())
         if len(roles) > 1:
-            self.gate = nn.Linear(width, len(roles), bias=False, dtype=dtype, device=device)
+            self.gate = nn.Linear(width, len(roles), bias=False, dtype=some.dtype, device=some.device)
         if num_discriminator_outputs:
-            self.discriminator = Discriminator(width, num_discriminator_outputs, dtype=dtype, device=device)
-        self.active: tuple[str, ...] = roles
-        self.adversary: AdversaryStep | None = None  # set for one micro-batch by the method
-        self.pool: torch.Tensor | None = (
-            None  # (B, tokens): when set, `pooled` collects the shared expert's mean output
-        )
-        self.pooled: torch.Tensor | None = None
-        self.register_forward_pre_hook(_require_input_gradient)
+            self.discriminator = Discriminator(width, num_discriminator_outputs, dtype=some.dtype, device=some.device)
+        self.active = roles
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Token states of N packed rows, (N, S, D) -> (N, S, D)."""
-        a = _linear(self.ffn.gate_proj, x)
-        b = _linear(self.ffn.up_proj, x)
-        if not self.active:
-            return _linear(self.ffn.down_proj, self.ffn.act_fn(a) * b)
-        dropped = self.dropout(x)  # one mask on x, for every expert and for the pooled path
-        hidden = self._hidden(dropped, a, b, self.active)
-        if len(self.active) > 1:
-            beta = self.gate_weights(x)
-            places = [list(self.experts).index(role) for role in self.active]
-            hidden = [h * beta[..., index : index + 1] for index, h in zip(places, hidden, strict=True)]
-        y = _linear(self.ffn.down_proj, sum(hidden))
-        down = self._down([self.dropout(h) for h in hidden], self.active)
-        y = y if down is None else y + down
-        if self.pool is not None:
-            self.pooled = self.pooled_output(dropped, a, b, self.pool)
+        tokens = x.reshape(-1, x.shape[-1])
+        pool = self.adversary.pool if self.adversary is not None else self.pool
+        if self.routed is None:
+            y, pooled = self._dense("", tokens, pool)
+        else:
+            y, pooled = self._block(tokens, pool)
         if self.adversary is not None:
             step = self.adversary
-            loss = self.discriminator.loss(self.pooled_output(dropped, a, b, step.pool), step, self.layer)
+            loss = self.discriminator.loss(pooled, step, self.layer)
             step.cross_entropy.append(loss.detach())
             y = AttachLoss.apply(y, loss * step.scale)
-        return y
+        if self.pool is not None:
+            self.pooled = pooled
+        return y.view_as(x)
 
     def gate_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """beta = softmax(G x): (N, S, D) -> (N, S, roles), summing to one over the roles."""
+        """beta = softmax(G x): (..., D) -> (..., roles), summing to one over the roles."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return torch.softmax(F.linear(x, self.gate.weight), dim=-1, dtype=wide).to(x.dtype)
 
-    def pooled_output(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """mean(z_s) over each sequence's tokens, (B, D), as W_down mean(h_s) + L_down,s mean(h_s): one row a sequence.
+    def _block(self, x: torch.Tensor, pool: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A routed block: (T, D) -> (T, D), and mean(z_s) over each sequence, (B, D), of the parts with experts."""
+        block = self.routed
+        y, pooled = self._routed(x, pool)
+        if block.always_on:
+            beside, more = self._dense(block.always_on, x, pool)
+            wide = torch.float32 if getattr(self.ffn, "enable_moe_fp32_combine", False) else y.dtype
+            y = (y.to(wide) + beside.to(wide)).to(y.dtype)
+            pooled = more if pooled is None else add(pooled, more)
+        return y, pooled
 
-        x, a, b are detached: only the shared expert of this layer is on the path. `x` carries the dropout mask already;
-        the mean of h_s gets none.
-        """
-        (hidden,) = self._hidden(x.detach(), a.detach(), b.detach(), ("shared",))
-        mean = pooled_mean(hidden, pool)
-        down = self._down([mean], ("shared",))
-        out = _linear(self.ffn.down_proj, mean)
-        return out if down is None else out + down
+    def _dense(self, part: str, x: torch.Tensor, pool: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One SwiGLU network on all tokens. The leaf module fetched the weights: no call through the children."""
+        ffn = self.parts[part]
+        a, b = _linear(ffn.gate_proj, x), _linear(ffn.up_proj, x)
+        experts = self._speaking(part)
+        if not experts:
+            return _linear(ffn.down_proj, ffn.act_fn(a) * b), None
+        dropped = self.dropout(x)  # one mask on x, for every expert and for the pooled path
+        hidden = self._mixed(x, expert_hidden(dropped, a, b, experts, ffn.act_fn, self.scaling))
+        y = _linear(ffn.down_proj, sum(hidden))
+        y = add(y, expert_down([self.dropout(h) for h in hidden], experts, self.scaling))
+        if pool is None:
+            return y, None
+        # detached: only the shared expert of this layer is on the pooled path
+        shared = [self.experts[part or "ffn"]["shared"]]
+        (h,) = expert_hidden(dropped.detach(), a.detach(), b.detach(), shared, ffn.act_fn, self.scaling)
+        mean = pooled_mean(h, pool)
+        return y, add(_linear(ffn.down_proj, mean), expert_down([mean], shared, self.scaling))
 
-    def _hidden(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, roles: tuple[str, ...]) -> list[torch.Tensor]:
-        """h_e for each role, (N, S, F). All A-products that read x are one matmul with stacked A."""
-        pairs = [(role, name) for role in roles for name in ("gate_proj", "up_proj") if name in self.experts[role]]
-        deltas = {}
-        if pairs:
-            stacked = torch.cat([self.experts[role][name].lora_A for role, name in pairs])
-            for (role, name), low in zip(pairs, F.linear(x, stacked).chunk(len(pairs), dim=-1), strict=True):
-                deltas[role, name] = F.linear(low, self.experts[role][name].lora_B) * self.scaling
-        result = []
-        for role in roles:
-            gate = a + deltas[role, "gate_proj"] if (role, "gate_proj") in deltas else a
-            up = b + deltas[role, "up_proj"] if (role, "up_proj") in deltas else b
-            result.append(self.ffn.act_fn(gate) * up)
-        return result
+    def _routed(self, x: torch.Tensor, pool: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The routed experts: every token to the ranks of its experts and back. Collective over the group."""
+        block, frozen = self.routed, getattr(self.ffn, self.routed.experts)
+        weights, chosen = block.route(self.ffn, x)
+        experts = self._speaking(block.experts)
+        pool = pool if experts else None
+        way = route(chosen, self.num_experts, 0 if pool is None else len(pool), self.group)
+        grouped = GroupedLinear(way.counts)
+        tokens = way.dispatch(x)
+        a, b = grouped(tokens, frozen.gate_up_proj).chunk(2, dim=-1)
+        if not experts:
+            return way.combine(grouped(frozen.act_fn(a) * b, frozen.down_proj), weights), None
+        dropped = self.dropout(tokens)
+        # the gate reads x alone, so it is computed again where the token landed
+        hidden = self._mixed(tokens, expert_hidden(dropped, a, b, experts, frozen.act_fn, self.scaling, grouped))
+        y = grouped(sum(hidden), frozen.down_proj)
+        y = add(y, expert_down([self.dropout(h) for h in hidden], experts, self.scaling, grouped))
+        y = way.combine(y, weights)
+        if pool is None:
+            return y, None
+        shared = [self.experts[block.experts]["shared"]]
+        share, slot = way.slots(way.dispatch(_notes(pool, weights.detach())))
+        (h,) = expert_hidden(dropped.detach(), a.detach(), b.detach(), shared, frozen.act_fn, self.scaling, grouped)
+        # for each local expert, one row a sequence of all senders: the sum of w h_s over its copies there, by n
+        num_slots = sum(way.sequences)
+        each_expert = zip(h.split(way.counts), slot.split(way.counts), share.split(way.counts), strict=True)
+        means = torch.cat(
+            [_membership(where, weight, num_slots).to(h.dtype) @ part for part, where, weight in each_expert]
+        )
+        rows = GroupedLinear([num_slots] * len(way.counts))
+        z = add(rows(means, frozen.down_proj), expert_down([means], shared, self.scaling, rows))
+        return y, way.home(z.view(len(way.counts), num_slots, -1).sum(dim=0))
 
-    def _down(self, hidden: list[torch.Tensor], roles: tuple[str, ...]) -> torch.Tensor | None:
-        """sum_e L_down,e h_e, (..., D); None where the down-projection is not targeted."""
-        if "down_proj" not in self.experts[roles[0]]:
-            return None
-        pairs = [self.experts[role]["down_proj"] for role in roles]
-        low = [F.linear(h, pair.lora_A) for h, pair in zip(hidden, pairs, strict=True)]
-        return F.linear(torch.cat(low, dim=-1), torch.cat([pair.lora_B for pair in pairs], dim=-1)) * self.scaling
+    def _speaking(self, part: str) -> list[LoraExpert]:
+        """The active LoRA experts of a part, in the order of the roles."""
+        part = part or "ffn"
+        if part not in self.experts:
+            return []
+        return [expert for role, expert in self.experts[part].items() if role in self.active]
+
+    def _mixed(self, x: torch.Tensor, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """beta_e h_e for the active roles; a role that speaks alone is not weighed."""
+        if len(hidden) == 1:
+            return hidden
+        beta = self.gate_weights(x)
+        places = [index for index, role in enumerate(self.roles) if role in self.active]
+        return [h * beta[..., index : index + 1] for index, h in zip(places, hidden, strict=True)]
 
 
-def _require_input_gradient(module: ExpertFFN, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-    # ZeRO-3 collects a leaf module's gradients when that of its input is complete: below the first adapted layer
-    # nothing is trained, so its input would have none and the gradients would be collected before they are there
+def require_input_gradient(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+    """Forward pre-hook of modules with LoRA experts, for ZeRO-3 and for the all-to-all of the backward pass.
+
+    ZeRO-3 collects a leaf module's gradients when that of its input is complete: below the first adapted layer nothing
+    is trained, so its input would have none and the gradients would be collected before they are there.
+    """
     (x,) = inputs
-    if torch.is_grad_enabled() and module.training and not x.requires_grad:
+    if torch.is_grad_enabled() and module.training and len(module.experts) and not x.requires_grad:
         return (x.detach().requires_grad_(),)
     return None
 
 
+def _notes(pool: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """For every token copy its route weight over its sequence's length (0 for padding) and its sequence's slot,
+    (T, K, 2), at least fp32."""
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    members = pool.to(wide)
+    per_token = (members / members.sum(dim=1, keepdim=True)).sum(dim=0)  # (T,) 1 / n, or 0 for padding
+    share = weights.to(wide) * per_token.unsqueeze(1)
+    return torch.stack([share, pool.argmax(dim=0).to(wide).unsqueeze(1).expand_as(share)], dim=-1)
+
+
+def _membership(slot: torch.Tensor, weight: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """(slots, C): the weight of each copy in its sequence's row."""
+    member = weight.new_zeros(num_slots, len(slot))
+    member[slot, torch.arange(len(slot), device=slot.device)] = weight
+    return member
+
+
 def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    # the leaf module fetched the weights already: no call through the child's own hooks
     return F.linear(x, layer.weight, layer.bias)

@@ -1,18 +1,22 @@
-"""A LoRA expert: low-rank pairs on the projections of one SwiGLU feed-forward network.
+"""LoRA experts: low-rank pairs on projections, and which projections of a backbone are adapted.
 
-Legend: D model width, F FFN width, R LoRA rank.
+A *site* is a module whose projections can be adapted: a dense FFN, the routed experts of a block (one pair for each of
+them), the always-on FFN of a block, an attention.
+
+Legend: E routed experts, R LoRA rank.
 """
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from data_contracts.errors import UserError
-from pipeline.backbones.families import PROJECTIONS, DenseFamily
+from pipeline.backbones.families import ATTENTION_PROJECTIONS, PROJECTIONS, Family
 from pipeline.config import Section
 from pipeline.files import sha256_text
 
@@ -23,57 +27,88 @@ class LoraOptions(Section):
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    # a projection's name, or a pattern over its path such as `model.layers.[0-9].mlp.up_proj`
+    # a projection's name, or a pattern over its path such as `experts.*` or `model.layers.[0-9].mlp.up_proj`
     targets: tuple[str, ...] = Field(PROJECTIONS, min_length=1)
 
 
 class LoraPair(nn.Module):
-    """A (R, in) and B (out, R): the product B A is added to one frozen weight (out, in)."""
+    """A (R, in) and B (out, R): the product B A is added to one frozen weight (out, in).
 
-    def __init__(self, weight_shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    For the routed experts of a block, (E, R, in) and (E, out, R): one pair an expert, those of this rank alone.
+    """
+
+    def __init__(self, weight_shape: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        out_features, in_features = weight_shape
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+        *experts, out_features, in_features = weight_shape
+        self.lora_A = nn.Parameter(torch.zeros(*experts, rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, rank, dtype=dtype, device=device))
 
 
 class LoraExpert(nn.ModuleDict):
-    """One LoRA expert of one FFN: a `LoraPair` for each targeted projection (keys of `PROJECTIONS`)."""
+    """One LoRA expert of one site: a `LoraPair` for each targeted projection."""
 
 
-def targeted_projections(family: DenseFamily, model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
-    """Which projections of which FFN are adapted: {FFN path: [projection, ...]}, first layer first.
+@dataclass(frozen=True)
+class Site:
+    """A module whose projections can carry LoRA pairs, and what they are called."""
+
+    path: str  # public: model.layers.3.mlp, ...mlp.experts, ...mlp.shared_mlp, ...self_attn
+    projections: tuple[str, ...]
+
+
+def sites(family: Family, model: nn.Module) -> Iterator[Site]:
+    """Every site of a backbone, first layer first, the FFN of a layer before its attention."""
+    attentions = dict(enumerate(family.attentions(model)))
+    for index, (path, _, ffn) in enumerate(family.feed_forwards(model)):
+        if family.is_routed(ffn):
+            yield Site(f"{path}.{family.routed.experts}", PROJECTIONS)
+            if family.routed.always_on:
+                yield Site(f"{path}.{family.routed.always_on}", PROJECTIONS)
+        else:
+            yield Site(path, PROJECTIONS)
+        name, attention = attentions[index]
+        yield Site(name, tuple(p for p in ATTENTION_PROJECTIONS if hasattr(attention, p)))
+
+
+def targeted_projections(family: Family, model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
+    """Which projections of which site are adapted: {site path: [projection, ...]}, first layer first.
 
     Raises UserError for a pattern that matches nothing, naming what there is to match.
     """
     matched: dict[str, list[str]] = {}
     unused = set(targets)
-    for path, _, _ in family.feed_forwards(model):
-        for projection in PROJECTIONS:
-            full = f"{path}.{projection}"
+    for site in sites(family, model):
+        for projection in site.projections:
+            full = f"{site.path}.{projection}"
             hits = {
                 t for t in targets if t == full or fnmatch.fnmatchcase(full, f"*.{t}") or fnmatch.fnmatchcase(full, t)
             }
             if hits:
                 unused -= hits
-                matched.setdefault(path, []).append(projection)
+                matched.setdefault(site.path, []).append(projection)
     if unused:
-        first = next(iter(family.feed_forwards(model)))[0]
+        last = next(iter(family.feed_forwards(model)))[0].rpartition(".")[0]
+        there = [f"{s.path}.{s.projections[0]}" for s in sites(family, model) if s.path.startswith(f"{last}.")]
         raise UserError(
-            f"method.lora.targets: {', '.join(sorted(unused))} matches no projection; "
-            f"there are {', '.join(PROJECTIONS)} in every layer, for example {first}.{PROJECTIONS[0]}"
+            f"method.lora.targets: {', '.join(sorted(unused))} matches no projection; there are "
+            f"{', '.join(PROJECTIONS)} in the feed-forward networks and {', '.join(ATTENTION_PROJECTIONS)} in attention, "
+            f"for example {', '.join(there)}"
         )
     return matched
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: str) -> torch.Tensor:
+def initial_value(name: str, shape: tuple[int, ...], seed: str, first_expert: int = 0) -> torch.Tensor:
     """The start value of a trainable tensor, fp32 on CPU: A is uniform as PEFT's Kaiming start, everything else is
     zero.
 
-    Drawn from (seed, name) alone, so that it depends on neither the world size nor the order of creation.
+    Drawn from (seed, name, routed expert) alone, so that it depends on neither the world size nor the order of creation;
+    a rank draws its own routed experts, of which `first_expert` is the first.
     """
-    if not name.endswith("lora_A"):
-        return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(int(sha256_text(f"{seed}/{name}")[:15], 16))
-    bound = 1.0 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5)
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    value = torch.zeros(shape)
+    if name.endswith("lora_A"):
+        bound = 1.0 / math.sqrt(shape[-1])  # kaiming_uniform with a = sqrt(5)
+        keys = [f"{seed}/{name}/{first_expert + e}" for e in range(shape[0])] if len(shape) == 3 else [f"{seed}/{name}"]
+        for key, part in zip(keys, value if len(shape) == 3 else [value], strict=True):
+            generator = torch.Generator().manual_seed(int(sha256_text(key)[:15], 16))
+            part.uniform_(-bound, bound, generator=generator)
+    return value

@@ -5,7 +5,7 @@ from the bank (DESIGN section 9).
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,21 @@ import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.integrations import HfDeepSpeedConfig
 
 from data_contracts.errors import UserError
 from pipeline.backbones.answer_model import AnswerModel
-from pipeline.backbones.families import family_of
-from pipeline.backbones.load import load_backbone, load_config
+from pipeline.backbones.checkpoint import Checkpoint
+from pipeline.backbones.families import PROJECTIONS, family_of
+from pipeline.backbones.load import load_config, skeleton
 from pipeline.config import StreamConfig
-from pipeline.experts.attach import Components, ExpertPlan, attach_experts, components_of
+from pipeline.experts.attach import Components, ExpertPlan, Experts, attach_experts, components_of
 from pipeline.experts.dual_ffn import ExpertFFN
+from pipeline.experts.linear import ExpertLinear
 from pipeline.experts.lora import targeted_projections
 from pipeline.placement.distributed import World
-from pipeline.placement.state import write_weights
+from pipeline.placement.expert_parallel import Marker, check_degrees, join, share_out
+from pipeline.placement.materialise import materialise, stock_tensors
+from pipeline.placement.state import Source, full_shape, write_weights
 
 # what the stream says, the DeepSpeed file must not say again
 _OWNED_BY_STREAM = {
@@ -49,10 +51,14 @@ class Learner:
 
     world: World
     model: AnswerModel
-    ffns: list[ExpertFFN]
+    experts: Experts
     components: Components
     engine: Any | None
-    hf_deepspeed: HfDeepSpeedConfig | None = field(default=None, repr=False)  # kept alive: transformers holds it weakly
+
+    @property
+    def ffns(self) -> list[ExpertFFN]:
+        """The adapted feed-forward networks, first layer first."""
+        return self.experts.ffns
 
     @property
     def forward(self):
@@ -66,13 +72,12 @@ class Learner:
 
     def set_active(self, roles: tuple[str, ...]) -> None:
         """Which LoRA experts speak; none is the bare backbone."""
-        for ffn in self.ffns:
-            ffn.active = roles
+        for module in [*self.experts.ffns, *self.experts.linears]:
+            module.active = roles
 
-    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Collective: write full tensors (by `<component>/<public name>`) into the working weights of their slots."""
-        parameters = self.parameters
-        write_weights({name: parameters[name] for name in tensors}, tensors)
+    def fill(self, component: str, values: Source) -> None:
+        """Write a component's tensors, by public name, into the working weights of their slots."""
+        write_weights(self.components[component], values)
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
@@ -98,7 +103,17 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (2, 3):
         raise UserError(f"deepspeed: {path} has zero_optimization.stage {stage}; this pipeline runs stages 2 and 3")
+    parallel = raw.get("expert_parallel", {"autoep_size": 1})
+    if not isinstance(parallel, dict) or parallel.keys() != {"autoep_size"} or not _is_degree(parallel["autoep_size"]):
+        raise UserError(
+            f'deepspeed: {path} must give expert_parallel as {{"autoep_size": N}} with a whole N from 1, and nothing more: '
+            "dispatch is this pipeline's own"
+        )
     return raw
+
+
+def _is_degree(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def engine_config(raw: dict[str, Any], config: StreamConfig) -> dict[str, Any]:
@@ -116,60 +131,96 @@ def engine_config(raw: dict[str, Any], config: StreamConfig) -> dict[str, Any]:
     }
 
 
+def expert_parallel_size(config: StreamConfig) -> int:
+    """The degree that the DeepSpeed file asks for; 1 where it asks for none."""
+    return read_deepspeed_config(config.deepspeed).get("expert_parallel", {}).get("autoep_size", 1)
+
+
 def check_before_loading(config: StreamConfig, plan: ExpertPlan | None) -> None:
     """Raise UserError for a DeepSpeed file, backbone or target that cannot work, before any weight is read."""
     read_deepspeed_config(config.deepspeed)
+    model, family = skeleton(config.backbone)
+    if plan is None:
+        return
+    targets = targeted_projections(family, model, plan.lora.targets)
+    if plan.num_discriminator_outputs and all(site.endswith(f".{family.attention}") for site in targets):
+        raise UserError(
+            "method.adversary judges the feed-forward networks, and method.lora.targets names none; add one of "
+            f"{', '.join(PROJECTIONS)} or set method.adversary.weight=0"
+        )
+
+
+def check_world(config: StreamConfig, world: World) -> None:
+    """Raise UserError where the expert-parallel degree does not fit the world or the backbone."""
     model_config = load_config(config.backbone)
-    family = family_of(model_config)
-    if plan is not None:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-        targeted_projections(family, skeleton, plan.lora.targets)
+    check_degrees(expert_parallel_size(config), world.size, family_of(model_config), model_config)
 
 
 def build_learner(config: StreamConfig, plan: ExpertPlan | None, world: World, *, train: bool) -> Learner:
     """Load, attach experts, partition. With `train` there is an optimizer over the plan's components and nothing else.
 
-    `check_before_loading` has refused what cannot work.
+    `check_before_loading` and `check_world` have refused what cannot work.
     """
     raw = read_deepspeed_config(config.deepspeed)
-    settings = engine_config(raw, config)
+    parallel = join(raw.pop("expert_parallel", {}).get("autoep_size", 1))
     stage = raw["zero_optimization"]["stage"]
-    hf_deepspeed = HfDeepSpeedConfig(settings) if stage == 3 else None
-    backbone = load_backbone(config.backbone)
-    ffns: list[ExpertFFN] = []
-    if plan is not None:
-        ffns = attach_experts(backbone.model, backbone.family, plan)
-    components = components_of(ffns)
-    model = AnswerModel(backbone.model)
+    backbone, family = skeleton(config.backbone)
+    settings = engine_config(raw, config)
+    if parallel is not None:
+        share_out(backbone, family, parallel)
+    parameters, buffers = stock_tensors(backbone)
+    experts = attach_experts(backbone, family, plan, parallel)
+    components = components_of(experts)
+    checkpoint = Checkpoint(config.backbone.path, family, backbone.config)
+    dtype = getattr(torch, config.backbone.dtype)
+    materialise(parameters, buffers, checkpoint, world.device, dtype, settings if stage == 3 else None)
+    model = AnswerModel(backbone)
+    if parallel is not None:
+        model.expert_parallel = Marker(parallel, getattr(backbone.config, family.routed.num_experts))
     train = train and bool(components)
     for component in components.values():
         for parameter in component.values():
             parameter.requires_grad_(train)
+    if stage == 3 and (leaves := {type(m) for m in model.modules()} & {ExpertFFN, ExpertLinear}):
+        set_z3_leaf_modules(model, list(leaves))
     engine = None
-    if stage == 3 and ffns:
-        set_z3_leaf_modules(model, [ExpertFFN])
-    if train:
-        optimizer = torch.optim.AdamW(parameter_groups(config, plan, components), lr=config.training.learning_rate)
+    if train or stage == 3:
+        optimizer = None
+        if train:
+            groups = parameter_groups(config, plan, components)
+            optimizer = torch.optim.AdamW(groups, lr=config.training.learning_rate)
+        wide = {p: p.data for p in parameters.values() if stage != 3 and p.dtype == torch.float32}
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-    elif stage == 3:
-        engine = deepspeed.initialize(model=model, config=settings)[0]
+        for parameter, data in wide.items():  # a router that the family keeps in fp32: the engine casts everything
+            parameter.data = data.to(world.device)
     else:
         model.to(world.device)
-    return Learner(world, model, ffns, components, engine, hf_deepspeed)
+    return Learner(world, model, experts, components, engine)
 
 
 def parameter_groups(config: StreamConfig, plan: ExpertPlan, components: Components) -> list[dict[str, Any]]:
-    """One optimizer group a component. Weight decay is for the LoRA experts, not for gates and discriminators."""
+    """Optimizer groups: one a component, and one more for its part on routed experts.
+
+    Weight decay is for the LoRA experts, not for gates and discriminators. DeepSpeed knows the group of parameters that
+    are shared out over ranks by `moe` and the name of the ranks' group.
+    """
     base = config.training.learning_rate
-    rates = {component: plan.learning_rates.get(component) or base for component in components}
-    return [
-        {
-            "params": list(parameters.values()),
-            "name": component,
-            "lr": rates[component],
-            "base_lr": rates[component],
-            "weight_decay": config.training.weight_decay if component in plan.roles else 0.0,
-        }
-        for component, parameters in components.items()
-    ]
+    groups = []
+    for component, parameters in components.items():
+        learning_rate = plan.learning_rates.get(component) or base
+        for routed in (False, True):
+            chosen = [p for name, p in parameters.items() if (len(full_shape(p)) == 3) == routed]
+            if not chosen:
+                continue
+            group = {
+                "params": chosen,
+                "name": component,
+                "lr": learning_rate,
+                "base_lr": learning_rate,
+                "routed": routed,
+                "weight_decay": config.training.weight_decay if component in plan.roles else 0.0,
+            }
+            if hasattr(chosen[0], "expert_slice"):
+                group |= {"moe": True, "name": chosen[0].group_name}
+            groups.append(group)
+    return groups

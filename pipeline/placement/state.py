@@ -2,18 +2,21 @@
 
 DeepSpeed's own checkpoint is bound to its partitioning. Here each trainable parameter is one full tensor (its fp32
 master value and Adam's two moments) plus the number of optimizer steps, so any world size and ZeRO stage can go on
-from it. This file alone reaches into DeepSpeed's optimizer; tests/placement/test_state.py guards what it relies on.
+from it; of a tensor over routed experts, each rank holds its own. This file alone reaches into DeepSpeed's optimizer; tests/placement/test_state.py guards what it relies on.
 
 Every function here is a collective: all ranks call it together.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -23,58 +26,80 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from pipeline.tensor_files import Experts
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class TrainableState:
-    """Full tensors, fp32 on CPU, by parameter name; `moments` is {moment: {name: tensor}} and empty before any step."""
+class Source(Protocol):
+    """Where full tensors are read from: a rank asks for a whole tensor, or for its own routed experts of it."""
 
-    values: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]
-    optimizer_steps: int
+    def read(self, name: str, experts: Experts = None) -> torch.Tensor:
+        """The tensor, or its rows [first, stop), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A `Source` of tensors in memory."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def read(self, name: str, experts: Experts = None) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return tensor if experts is None else tensor[experts[0] : experts[1]]
 
 
 def gather_values(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The fp32 master value of each trainable parameter, full and on CPU, on every rank."""
-    return {name: safe_get_full_fp32_param(parameter).cpu().clone() for name, parameter in parameters.items()}
+    return dict(stream_values(parameters))
 
 
-def gather_state(parameters: Mapping[str, nn.Parameter], optimizer_steps: int) -> TrainableState:
-    """Everything that training goes on from."""
-    moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+def stream_values(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, one tensor at a time, in the order of the names."""
+    for name in sorted(parameters):
+        yield name, _whole(parameters[name], safe_get_full_fp32_param(parameters[name]))
+
+
+def stream_state(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything training goes on from, one tensor at a time: `exp_avg/<name>`, `exp_avg_sq/<name>`, `value/<name>`."""
+    for moment in MOMENTS:
+        for name in sorted(parameters):
+            value = safe_get_full_optimizer_state(parameters[name], moment)
+            yield f"{moment}/{name}", _whole(parameters[name], value)
+    for name, value in stream_values(parameters):
+        yield f"value/{name}", value
+
+
+def state_shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `stream_state` yields."""
+    return {f"{kind}/{name}": tuple(full_shape(p)) for kind in (*MOMENTS, "value") for name, p in parameters.items()}
+
+
+def restore_state(
+    engine, parameters: Mapping[str, nn.Parameter], values: Source, moments: Mapping[str, Source], optimizer_steps: int
+) -> None:
+    """Put a state into the engine: master values, moments (zero where there is no source), Adam's step, working
+    weights. Each rank reads its own routed experts alone.
+    """
+    _create_adam_state(engine, optimizer_steps)
     for name, parameter in parameters.items():
-        for moment in MOMENTS:
-            moments[moment][name] = safe_get_full_optimizer_state(parameter, moment).cpu().clone()
-    return TrainableState(gather_values(parameters), moments, optimizer_steps)
-
-
-def restore_state(engine, parameters: Mapping[str, nn.Parameter], state: TrainableState) -> None:
-    """Put `state` into the engine: master values, moments (zero where absent), Adam's step, working weights."""
-    _create_adam_state(engine, state.optimizer_steps)
-    for name, parameter in parameters.items():
-        value = state.values[name]
-        if value.shape != full_shape(parameter):
-            raise AssertionError(f"{name}: state has {tuple(value.shape)}, the model {tuple(full_shape(parameter))}")
+        value = _own_part(values, name, parameter)
         _set(parameter, None, value)
         for moment in MOMENTS:
-            tensor = state.moments.get(moment, {}).get(name)
-            _set(parameter, moment, torch.zeros_like(value) if tensor is None else tensor)
-    write_weights(parameters, state.values)
+            source = moments.get(moment)
+            _set(parameter, moment, torch.zeros_like(value) if source is None else _own_part(source, name, parameter))
+        _write(parameter, value)
 
 
-def write_weights(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    """Copy full tensors into the working weights (in their own dtype); the optimizer's master values stay as they
-    are.
-    """
-    by_module: dict[str, list[str]] = {}
-    for name in parameters:
-        by_module.setdefault(name.rsplit(".", 3)[0], []).append(name)
-    for names in by_module.values():  # one FFN's experts at a time: never more than a layer is whole
-        chosen = [parameters[name] for name in names]
-        with torch.no_grad(), gathered(chosen, modifier_rank=0):
-            for name, parameter in zip(names, chosen, strict=True):
-                parameter.data.copy_(values[name])
+def write_weights(parameters: Mapping[str, nn.Parameter], values: Source) -> None:
+    """Copy tensors into the working weights (in their own dtype); the optimizer's master values stay as they are."""
+    for name, parameter in parameters.items():
+        _write(parameter, _own_part(values, name, parameter))
+
+
+def experts_of(parameter: nn.Parameter) -> Experts:
+    """The routed experts of the full tensor that this rank holds; None for a parameter that is not shared out."""
+    return parameter.expert_slice[:2] if hasattr(parameter, "expert_slice") else None
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None):
@@ -84,8 +109,46 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = Non
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole tensor, partitioned or not."""
+    """Shape of the whole tensor, however it is partitioned and shared out."""
+    here = local_shape(parameter)
+    return torch.Size((parameter.expert_slice[2], *here[1:])) if hasattr(parameter, "expert_slice") else here
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """The same with this rank's routed experts alone."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole_over_experts(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+    """The tensor of all routed experts from this rank's share of it. Collective over the expert-parallel group."""
+    if not hasattr(parameter, "expert_slice"):
+        return local
+    group = groups._get_expert_parallel_group(parameter.group_name)
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _whole(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+    return whole_over_experts(parameter, local.view(local_shape(parameter))).cpu().clone()
+
+
+def _own_part(source: Source, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    value = source.read(name, experts_of(parameter))
+    if value.shape != local_shape(parameter):
+        raise AssertionError(f"{name}: there are {tuple(value.shape)}, the model has {tuple(local_shape(parameter))}")
+    return value
+
+
+@torch.no_grad()
+def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Into the working weights: this rank's share, and the whole where ZeRO-3 keeps it at hand."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value)
+        return
+    parameter.ds_tensor.data.copy_(_local_part(parameter, value.to(torch.float32)))
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        parameter.data.copy_(value)
 
 
 def _set(parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from pipeline.files import canonical_json, sha256_text
 from pipeline.methods.protocol import Bundle, Method
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
+from pipeline.tensor_files import TensorFile
 
 
 @dataclass
@@ -47,15 +48,18 @@ class Job:
             tensors[digest] = self.world.broadcast_tensors(own)
         return tensors
 
+    def open_bank(self, digest: str) -> TensorFile:
+        """A bank file for reading by slices, once rank 0 has verified its bytes. Collective."""
+        self.world.on_main(lambda: self.bank.verify(digest))
+        return self.bank.open(digest)
+
     def serve(self, bundle: Bundle) -> None:
         """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone.
         Collective.
         """
         missing = {component: digest for component, digest in bundle.items() if self.loaded.get(component) != digest}
-        files = self.read_bank(list(missing.values()))
-        self.learner.fill(
-            {f"{component}/{name}": t for component, digest in missing.items() for name, t in files[digest].items()}
-        )
+        for component, digest in missing.items():
+            self.learner.fill(component, self.open_bank(digest))
         self.loaded.update(missing)
         roles = self.method.plan.roles if self.method.plan else ()
         self.learner.set_active(tuple(role for role in roles if role in bundle))

@@ -1,13 +1,16 @@
 """Stage 3: train the active experts on one task; what they became goes into the bank."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from pipeline.data.tokens import PreparedTask
 from pipeline.experts.lora import initial_value
 from pipeline.methods.protocol import Bundle, Increment, Tensors
-from pipeline.placement.state import full_shape
+from pipeline.placement.state import full_shape, gather_values, stream_values
 from pipeline.stages.job import Job
+from pipeline.tensor_files import Experts, TensorFile
 from pipeline.training.loop import StepLog, train_rows
 from pipeline.training.pooled import pooled_statistics
 from pipeline.training.stop import StopFlag
@@ -35,7 +38,7 @@ def train(
     if method.plan is None:
         return Trained({}, {}, 0, 0, 0)
     start = start_values(job, increment)
-    method.begin(increment, learner.ffns, start)
+    method.begin(increment, learner.ffns, start.drawn)
     learner.set_active(method.plan.roles)
     job.loaded.clear()
     rows = prepared.rows("train", config.rows.train, config.seed)
@@ -53,35 +56,55 @@ def train(
         on_step=on_step,
     )
     pooled = pooled_statistics(learner, rows, config.evaluation.batch_tokens) if method.wants_pooled() else None
-    state = method.state(pooled, result.values)
-    files = {component: part(result.values, component) for component in method.published()}
-    if state:
-        files["state"] = state
-    note = {"task": increment.task, "method": config.method["name"]}
-    digests = job.world.on_main(
-        lambda: {name: job.bank.put(tensors, {**note, "component": name}) for name, tensors in files.items()}
-    )
-    states = {"state": digests.pop("state")} if state else {}
-    return Trained(digests, states, result.steps, result.rows_consumed, result.continuations)
+    published = method.published()
+    kept = {name: p for name, p in learner.parameters.items() if name.partition("/")[0] not in published}
+    state = method.state(pooled, gather_values(kept))
+    bundle = {component: publish(job, increment.task, component) for component in published}
+    note = {"task": increment.task, "method": config.method["name"], "component": "state"}
+    states = {"state": job.world.on_main(lambda: job.bank.put(state, note))} if state else {}
+    return Trained(bundle, states, result.steps, result.rows_consumed, result.continuations)
 
 
-def start_values(job: Job, increment: Increment) -> Tensors:
-    """What every trainable tensor starts from: the bank file its method names, or a fresh seeded value. Collective."""
-    start = job.method.start(increment)
-    files = job.read_bank([digest for digest in start.values() if digest])
-    values: Tensors = {}
-    for component, parameters in job.learner.components.items():
-        digest = start.get(component)
-        for name, parameter in parameters.items():
-            if digest:
-                values[f"{component}/{name}"] = files[digest][name].float().clone()
-            else:
-                seed = f"{job.config.seed}/{increment.number}/{component}"
-                values[f"{component}/{name}"] = initial_value(name, tuple(full_shape(parameter)), seed)
-    return values
+def publish(job: Job, task: str, component: str) -> str:
+    """Put a component as it was trained into the bank, one tensor at a time; returns its digest. Collective."""
+    parameters = job.learner.components[component]
+    tensors = stream_values(parameters)
+    digest = None
+    if job.world.is_main:
+        note = {"task": task, "method": job.config.method["name"], "component": component}
+        digest = job.bank.put_stream({name: tuple(full_shape(p)) for name, p in parameters.items()}, tensors, note)
+    else:
+        for _ in tensors:  # takes part in the gathering
+            pass
+    return job.world.broadcast(digest)
 
 
-def part(values: Tensors, component: str) -> Tensors:
-    """One component's tensors by public name."""
-    prefix = f"{component}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
+@dataclass(frozen=True)
+class Start:
+    """What every trainable tensor starts from, by `<component>/<public name>`: a `Source`.
+
+    A component goes on from a bank file, or is drawn by seed. `drawn` are the small tensors that a method may set.
+    """
+
+    files: dict[str, TensorFile]  # by component
+    seed: str
+    shapes: dict[str, torch.Size]
+    drawn: Tensors
+
+    def read(self, name: str, experts: Experts = None) -> torch.Tensor:
+        component, _, tensor = name.partition("/")
+        if name in self.drawn:
+            return self.drawn[name]
+        if component in self.files:
+            return self.files[component].read(tensor, experts).float()
+        shape = self.shapes[name] if experts is None else (experts[1] - experts[0], *self.shapes[name][1:])
+        return initial_value(tensor, tuple(shape), f"{self.seed}/{component}", experts[0] if experts else 0)
+
+
+def start_values(job: Job, increment: Increment) -> Start:
+    """The bank files that the method names, and seeded values for the rest. Collective."""
+    files = {component: job.open_bank(digest) for component, digest in job.method.start(increment).items() if digest}
+    shapes = {name: full_shape(parameter) for name, parameter in job.learner.parameters.items()}
+    start = Start(files, f"{job.config.seed}/{increment.number}", shapes, {})
+    unpublished = [name for name in shapes if name.partition("/")[0] not in job.method.published()]
+    return replace(start, drawn={name: start.read(name) for name in unpublished})

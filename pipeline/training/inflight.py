@@ -4,50 +4,53 @@ The file belongs to exactly one set of inputs (its key); a state of other inputs
 """
 
 import json
-from dataclasses import dataclass
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
-from pipeline.files import canonical_json, write_atomic
-from pipeline.placement.state import MOMENTS, TrainableState
+from pipeline.files import canonical_json, fsync_dir
+from pipeline.placement.state import MOMENTS
+from pipeline.tensor_files import TensorFile, write_tensors
 
 _FILE = "state.safetensors"
 
 
 @dataclass(frozen=True)
-class InFlight:
-    """A stopped increment: steps done, the trainable state, how often it was continued."""
+class Progressed:
+    """How far an increment has come: its inputs' key, steps done, how often it was continued."""
 
+    key: str
     step: int
-    state: TrainableState
     continuations: int
 
 
-def save_inflight(folder: Path, key: str, step: int, state: TrainableState, continuations: int) -> None:
-    """Replace the in-flight file, atomically."""
-    tensors = {f"value/{name}": tensor for name, tensor in state.values.items()}
-    for moment in MOMENTS:
-        tensors |= {f"{moment}/{name}": tensor for name, tensor in state.moments[moment].items()}
-    note = {"key": key, "step": step, "optimizer_steps": state.optimizer_steps, "continuations": continuations}
-    write_atomic(folder / _FILE, save(tensors, metadata={"perennial": canonical_json(note)}))
+def save_inflight(
+    folder: Path, done: Progressed, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Replace the in-flight file, atomically; the tensors are those of `placement.state.stream_state`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{_FILE}.{secrets.token_hex(4)}.tmp"
+    try:
+        write_tensors(temporary, shapes, tensors, canonical_json(asdict(done)))
+        os.replace(temporary, folder / _FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(folder)
 
 
-def load_inflight(folder: Path, key: str) -> InFlight | None:
-    """The in-flight state of the inputs `key`; None where there is none or it belongs to other inputs."""
-    path = folder / _FILE
-    if not path.is_file():
+def load_inflight(folder: Path, key: str) -> Progressed | None:
+    """How far the inputs `key` have come; None where there is no state, or one of other inputs."""
+    if not (folder / _FILE).is_file():
         return None
-    values: dict[str, torch.Tensor] = {}
-    moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
-    with safe_open(path, framework="pt") as file:
-        note = json.loads(file.metadata()["perennial"])
-        if note["key"] != key:
-            return None
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            kind, _, parameter = name.partition("/")
-            target = values if kind == "value" else moments[kind]
-            target[parameter] = file.get_tensor(name)
-    return InFlight(note["step"], TrainableState(values, moments, note["optimizer_steps"]), note["continuations"])
+    done = Progressed(**json.loads(TensorFile(folder / _FILE).metadata()))
+    return done if done.key == key else None
+
+
+def open_inflight(folder: Path) -> tuple[TensorFile, dict[str, TensorFile]]:
+    """The saved values, and the saved moments by name, for reading by slices."""
+    file = TensorFile(folder / _FILE)
+    return file.below("value/"), {moment: file.below(f"{moment}/") for moment in MOMENTS}

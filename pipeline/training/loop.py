@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import StreamConfig
+from pipeline.config import StreamConfig, TrainingConfig
 from pipeline.data.batching import global_batch, micro_batches, num_steps, row_order
 from pipeline.data.collate import MicroBatch, collate
 from pipeline.data.tokens import RowView
 from pipeline.files import sha256_text
 from pipeline.methods.protocol import Method
 from pipeline.placement.learner import Learner
-from pipeline.placement.state import TrainableState, gather_state, gather_values, restore_state
+from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
 from pipeline.training.checks import check_gradients
-from pipeline.training.inflight import load_inflight, save_inflight
+from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
 from pipeline.training.progress import Progress
-from pipeline.training.schedule import rate
+from pipeline.training.schedule import rate, routed_ratio
 from pipeline.training.stop import StopFlag, StoppedOnRequest
 
 
@@ -41,9 +41,8 @@ class StepLog:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves: full fp32 tensors by public name, and the account of rows."""
+    """The account of training; what was learned stands in the engine."""
 
-    values: dict[str, torch.Tensor]
     steps: int
     rows_consumed: int
     continuations: int
@@ -54,7 +53,7 @@ def train_rows(
     method: Method,
     config: StreamConfig,
     rows: RowView,
-    start: dict[str, torch.Tensor],
+    start: Source,
     *,
     seed: int,
     inflight: Path,
@@ -70,25 +69,30 @@ def train_rows(
     world, settings = learner.world, config.training
     total = num_steps(len(rows), settings.epochs, settings.batch_size)
     order = row_order(len(rows), settings.epochs, seed)
-    saved = load_inflight(inflight, key) if world.is_main else None
-    step, optimizer_steps, continuations = world.broadcast(
-        (saved.step, saved.state.optimizer_steps, saved.continuations + 1) if saved else (0, 0, 0)
-    )
-    restore_state(learner.engine, learner.parameters, _shared_state(learner, saved, start, optimizer_steps))
+    saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
+    step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
+    values, moments = open_inflight(inflight) if saved else (start, {})
+    restore_state(learner.engine, learner.parameters, values, moments, step)
+    world.barrier()  # nobody replaces the file while another rank reads it
     learner.model.train()
     progress = Progress(title, total, start=step, show=world.is_main)
+    batch_tokens = float(rows.lengths.mean()) * settings.batch_size
+    routed = routed_rate(learner, settings, batch_tokens)
 
     def save(done: int) -> None:
-        state = gather_state(learner.parameters, done)
+        tensors = stream_state(learner.parameters)
         if world.is_main:
-            save_inflight(inflight, key, done, state, continuations)
+            save_inflight(inflight, Progressed(key, done, continuations), state_shapes(learner.parameters), tensors)
+        else:
+            for _ in tensors:  # takes part in the gathering
+                pass
 
     while step < total:
         begin = time.monotonic()
         chosen = global_batch(order, step, settings.batch_size)
         factor = rate(step, total, settings.warmup_fraction)
         for group in learner.engine.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
         sums = run_global_batch(learner, method, config, rows, chosen, step, seed)
         learner.engine.step()
         step += 1
@@ -110,8 +114,7 @@ def train_rows(
             raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
         if step % settings.save_every == 0 or step == total:
             save(step)
-    values = gather_values(learner.parameters)
-    return TrainResult(values, total, len(order), continuations)
+    return TrainResult(total, len(order), continuations)
 
 
 @dataclass
@@ -173,12 +176,10 @@ def forward(learner: Learner, method: Method, batch: MicroBatch) -> tuple[torch.
     return (losses * batch.target_weight).sum(), added
 
 
-def _shared_state(learner: Learner, saved, start: dict[str, torch.Tensor], optimizer_steps: int) -> TrainableState:
-    """Rank 0's in-flight state on every rank, or the fresh start values with zero moments."""
-    world = learner.world
-    if optimizer_steps == 0:
-        return TrainableState(start, {}, 0)
-    values = world.broadcast_tensors(saved.state.values if saved else None)
-    names = ("exp_avg", "exp_avg_sq")
-    moments = {name: world.broadcast_tensors(saved.state.moments[name] if saved else None) for name in names}
-    return TrainableState(values, moments, optimizer_steps)
+def routed_rate(learner: Learner, settings: TrainingConfig, batch_tokens: float) -> float:
+    """What the learning rate of LoRA experts on routed experts is multiplied by; 1 where the stream asks for none."""
+    scaling = settings.routed_learning_rate
+    block = next((ffn for ffn in [*learner.experts.ffns, *learner.experts.bare] if ffn.routed), None)
+    if scaling is None or block is None:
+        return 1.0
+    return routed_ratio(block.top_k / block.num_experts, batch_tokens, scaling.noise_batch_tokens)

@@ -20,7 +20,7 @@ from pipeline.increments import learned_order
 from pipeline.methods.protocol import Increment
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner, build_learner, check_before_loading
-from pipeline.placement.state import gather_values, gathered
+from pipeline.placement.state import gather_values, gathered, local_shape, whole_over_experts
 from pipeline.stages.job import Job
 from pipeline.stages.prepare import prepare
 from pipeline.stages.train import train
@@ -58,7 +58,7 @@ class Recorder:
             self.keep("start", gather_values(learner.parameters))
         sums = self._batch(learner, *arguments)
         if step == 0:
-            self.keep("gradient", {name: safe_get_full_grad(p) for name, p in learner.parameters.items()})
+            self.keep("gradient", {name: full_gradient(p) for name, p in learner.parameters.items()})
         return sums
 
     def forward(self, *arguments: Any):
@@ -71,17 +71,24 @@ class Recorder:
         self.tensors |= {f"{kind}/{name}": tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
 
 
-def learn(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def full_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole gradient; that of routed experts is put together over their expert-parallel group. Collective."""
+    return whole_over_experts(parameter, safe_get_full_grad(parameter).view(local_shape(parameter)))
+
+
+def learn(
+    world: World, case: dict[str, Any], folder: Path, tasks: Mapping[str, PreparedTask] | None = None
+) -> dict[str, Any]:
     """Train the case's increments; `records` names an earlier case whose experts they start from (else their own).
 
-    With `stop_after` the last rank alone is asked to stop during that step. Writes <increment>.safetensors and
-    records.json.
+    The tasks are those of the stream unless given. With `stop_after` the last rank alone is asked to stop during that
+    step. Writes <increment>.safetensors and records.json.
     """
     config = StreamConfig.model_validate(case["stream"])
     method = build_method(config)
     check_before_loading(config, method.plan)
     tokenizer = load_tokenizer(config.backbone)
-    tasks = open_tasks(config, tokenizer, world)
+    tasks = tasks or open_tasks(config, tokenizer, world)
     learner = build_learner(config, method.plan, world, train=True)
     bank = Bank(case["bank"])
     job = Job(config, world, config.work_path(), method, tokenizer, learner, bank, {})

@@ -80,9 +80,12 @@ class Oracle:
         self.model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float64).requires_grad_(False)
         self.layers: list[NaiveFFN] = []
         for index, layer in enumerate(self.model.model.layers):
-            naive = NaiveFFN(layer.mlp, f"model.layers.{index}.mlp", self.values, setting.scaling)
-            layer.mlp = naive
-            self.layers.append(naive)
+            layer.mlp = self.naive(layer.mlp, f"model.layers.{index}.mlp")
+            self.layers.append(layer.mlp)
+
+    def naive(self, ffn: nn.Module, path: str) -> NaiveFFN:
+        """What stands in for a layer's stock network."""
+        return NaiveFFN(ffn, path, self.values, self.setting.scaling)
 
     def logits(self, prompts, answers) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, S, V) of padded rows and their mask; the end of the answer is predicted, never read."""

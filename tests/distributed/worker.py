@@ -11,7 +11,9 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -19,14 +21,12 @@ import deepspeed
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from pipeline.placement.distributed import start_world
-from tests.distributed.learning import learn
-from tests.placement.round_trips import round_trips
+from pipeline.placement.distributed import World, start_world
 
-KINDS = {"learn": learn, "round_trips": round_trips}
+Kinds = Mapping[str, Callable[[World, dict[str, Any], Path], dict[str, Any]]]
 
 
-def main() -> int:
+def main(kinds: Kinds) -> int:
     """Run the plan named on the command line; a rank that fails ends the launch."""
     plan = next(argument for argument in sys.argv[1:] if argument.endswith(".json"))
     torch.set_num_threads(1)  # the ranks of a test share two cores
@@ -36,7 +36,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
         try:
-            note = KINDS[case["kind"]](world, case, folder)
+            note = kinds[case["kind"]](world, case, folder)
         except BaseException:
             print(f"rank {world.rank}, case {folder.name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
@@ -50,4 +50,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.distributed.learning import learn
+    from tests.placement.round_trips import round_trips
+
+    sys.exit(main({"learn": learn, "round_trips": round_trips}))

@@ -199,13 +199,13 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
 }
 
 
-def start_ranks(ranks: int, plan: Path, log: Path) -> None:
-    """Run the worker; raises LaunchFailed with the log's end. Nothing of it lives on afterwards."""
-    command = [sys.executable, str(WORKER), str(plan)]
+def start_ranks(ranks: int, plan: Path, log: Path, worker: Path = WORKER) -> None:
+    """Run a worker; raises LaunchFailed with the log's end. Nothing of it lives on afterwards."""
+    command = [sys.executable, str(worker), str(plan)]
     if ranks > 1:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         port = ["--master_port", str(free_port())]
-        command = [launcher, "--num_accelerators", str(ranks), *port, str(WORKER), str(plan)]
+        command = [launcher, "--num_accelerators", str(ranks), *port, str(worker), str(plan)]
     places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in places and "SLURM" not in name}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

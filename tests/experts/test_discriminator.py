@@ -87,7 +87,7 @@ def run(
 def naive_cross_entropy(learner: Learner, layer: int, x: torch.Tensor, step: AdversaryStep) -> torch.Tensor:
     """Sum over sequences of -log p(class), z_s written out token by token; x is fixed; unused outputs do not exist."""
     ffn = learner.ffns[layer]
-    pair = ffn.experts["shared"]
+    pair = ffn.experts["ffn"]["shared"]
 
     def project(name, value):
         layer = getattr(ffn.ffn, name)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from pipeline.experts.attach import ExpertPlan, lora_experts
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.lora import LoraOptions
 from tests.helpers import largest_difference
@@ -33,7 +34,9 @@ def build(
     torch.manual_seed(1)
     config = LlamaConfig(hidden_size=WIDTH, intermediate_size=FFN_WIDTH, num_attention_heads=1, mlp_bias=bias)
     options = LoraOptions(rank=RANK, alpha=ALPHA, dropout=dropout)
-    ffn = ExpertFFN(LlamaMLP(config).double(), 0, roles, list(projections), options)
+    ffn = ExpertFFN(LlamaMLP(config).double(), "mlp", None, None)
+    experts = lora_experts(ffn.ffn, list(projections), ExpertPlan(options, roles), None, 0)
+    ffn.attach(0, roles, {"": experts}, options, 0, WIDTH)
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return ffn.train()
@@ -65,8 +68,8 @@ def adapted(ffn: ExpertFFN, role: str | None, name: str, x: torch.Tensor, low: t
     out = x @ layer.weight.T
     if layer.bias is not None:
         out = out + layer.bias
-    if role is not None and name in ffn.experts[role]:
-        pair = ffn.experts[role][name]
+    if role is not None and name in ffn.experts["ffn"][role]:
+        pair = ffn.experts["ffn"][role][name]
         delta = pair.lora_B @ pair.lora_A  # (out, in), the product written out
         out = out + (ALPHA / RANK) * ((x if low is None else low) @ delta.T)
     return out
@@ -137,7 +140,7 @@ def test_a_role_that_speaks_alone_is_its_own_ffn_without_the_gate(role, bias):
     got = all_gradients(ffn, x, ours)
     assert largest_difference(got, all_gradients(ffn, x, theirs)) < TOLERANCE
     silent = [
-        grad for name, grad in got.items() if name == "gate.weight" or f"experts.{ROLES[role == ROLES[0]]}" in name
+        grad for name, grad in got.items() if name == "gate.weight" or f"experts.ffn.{ROLES[role == ROLES[0]]}" in name
     ]
     assert len(silent) == 7 and not any(grad.any() for grad in silent)
 
@@ -162,7 +165,7 @@ def test_with_b_zero_any_gate_gives_the_frozen_ffn():
     ffn = build(bias=True)
     with torch.no_grad():
         for role in ROLES:
-            for pair in ffn.experts[role].values():
+            for pair in ffn.experts["ffn"][role].values():
                 pair.lora_B.zero_()
     x = inputs()
     assert (ffn(x) - ffn.ffn(x)).abs().max() < TOLERANCE
@@ -174,7 +177,7 @@ def test_merging_the_product_into_the_weights_gives_the_same_expert():
     for role in ROLES:
         merged = {
             name: getattr(ffn.ffn, name).weight
-            + (ALPHA / RANK) * ffn.experts[role][name].lora_B @ ffn.experts[role][name].lora_A
+            + (ALPHA / RANK) * ffn.experts["ffn"][role][name].lora_B @ ffn.experts["ffn"][role][name].lora_A
             for name in PROJECTIONS
         }
         hidden = F.silu(x @ merged["gate_proj"].T) * (x @ merged["up_proj"].T)
@@ -192,7 +195,7 @@ def test_pooled_z_s_and_its_gradients_equal_the_mean_of_the_shared_ffn(projectio
     theirs = naive_mean(naive_output(ffn, "shared", x))
     assert (ffn.pooled - theirs).abs().max() < TOLERANCE
     got, expected = all_gradients(ffn, x, ffn.pooled), all_gradients(ffn, x, theirs)
-    shared = {name for name in got if name.startswith("experts.shared.")}
+    shared = {name for name in got if name.startswith("experts.ffn.shared.")}
     assert len(shared) == 2 * len(projections)
     assert largest_difference({n: got[n] for n in shared}, {n: expected[n] for n in shared}) < TOLERANCE
     # x, a and b are detached: nothing else that is trained is on the pooled path

@@ -13,6 +13,7 @@ from tests.helpers import tiny_llama
 
 LLAMA = FAMILIES["llama"]
 ALL = ["gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @pytest.fixture
@@ -24,12 +25,24 @@ def ffn_path(layer: int) -> str:
     return f"model.layers.{layer}.mlp"
 
 
+def attention_path(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
         (("gate_proj", "up_proj", "down_proj"), {ffn_path(i): ALL for i in range(3)}),
         (("down_proj",), {ffn_path(i): ["down_proj"] for i in range(3)}),
-        (("*_proj",), {ffn_path(i): ALL for i in range(3)}),
+        (("mlp.*_proj",), {ffn_path(i): ALL for i in range(3)}),
+        (
+            ("*_proj",),
+            {path: names for i in range(3) for path, names in ((ffn_path(i), ALL), (attention_path(i), ATTENTION))},
+        ),
+        (
+            ("q_proj", "model.layers.1.*.v_proj"),
+            {attention_path(i): ["q_proj", "v_proj"][: 1 + i % 2] for i in range(3)},
+        ),
         (("model.layers.[02].mlp.up_proj",), {ffn_path(0): ["up_proj"], ffn_path(2): ["up_proj"]}),
         (("layers.1.mlp.*", "gate_proj"), {ffn_path(0): ALL[:1], ffn_path(1): ALL, ffn_path(2): ALL[:1]}),
         (("model.layers.1.mlp.gate_proj",), {ffn_path(1): ["gate_proj"]}),
@@ -39,7 +52,7 @@ def test_targets_are_names_or_patterns_over_paths(model, targets, expected):
     assert targeted_projections(LLAMA, model, targets) == expected
 
 
-@pytest.mark.parametrize("target", ["q_proj", "model.layers.9.mlp.up_proj", "proj", "UP_PROJ", "up_proj.weight"])
+@pytest.mark.parametrize("target", ["z_proj", "model.layers.9.mlp.up_proj", "proj", "UP_PROJ", "up_proj.weight"])
 def test_a_target_that_matches_nothing_is_refused_by_name(model, target):
     with pytest.raises(
         UserError, match=r"method\.lora\.targets: .* matches no projection; there are gate_proj"
@@ -53,7 +66,7 @@ def test_a_target_that_matches_nothing_is_refused_by_name(model, target):
 
 def test_only_targeted_layers_are_wrapped_and_numbered_one_after_another(model):
     plan = ExpertPlan(LoraOptions(rank=2, targets=("model.layers.[12].mlp.*",)), ("shared", "dedicated"), 3)
-    ffns = attach_experts(model, LLAMA, plan)
+    ffns = attach_experts(model, LLAMA, plan).ffns
     assert [(ffn.path, ffn.layer) for ffn in ffns] == [(ffn_path(1), 0), (ffn_path(2), 1)]
     assert model.model.layers[1].mlp is ffns[0]
     assert not hasattr(model.model.layers[0].mlp, "experts")
@@ -87,8 +100,8 @@ def test_components_name_every_trainable_parameter_with_its_shape(model):
 
 
 def test_experts_take_dtype_and_device_of_the_frozen_weights(model):
-    ffns = attach_experts(model.bfloat16(), LLAMA, ExpertPlan(LoraOptions(), ("shared", "dedicated"), 2))
-    dtypes = {parameter.dtype for part in components_of(ffns).values() for parameter in part.values()}
+    experts = attach_experts(model.bfloat16(), LLAMA, ExpertPlan(LoraOptions(), ("shared", "dedicated"), 2))
+    dtypes = {parameter.dtype for part in components_of(experts).values() for parameter in part.values()}
     assert dtypes == {torch.bfloat16}
 
 

@@ -167,7 +167,7 @@ def naive_game(learner, negatives) -> tuple[torch.Tensor, dict[str, torch.Tensor
         for layer, (ffn, x) in enumerate(zip(learner.ffns, states, strict=True)):
 
             def project(name, value, ffn=ffn):
-                pair = ffn.experts["shared"][name]
+                pair = ffn.experts["ffn"]["shared"][name]
                 return value @ (getattr(ffn.ffn, name).weight.detach() + 4 / 2 * pair.lora_B @ pair.lora_A).T
 
             gate = project("gate_proj", x)

@@ -14,12 +14,12 @@ from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner, build_learner
 from pipeline.placement.state import (
     MOMENTS,
-    TrainableState,
+    Whole,
     full_shape,
-    gather_state,
     gather_values,
     gathered,
     restore_state,
+    stream_state,
     write_weights,
 )
 from pipeline.training.loop import run_global_batch
@@ -55,41 +55,43 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
     start, other = random_values(shapes, seed=1), random_values(shapes, seed=2)
     differing: dict[str, list[str]] = {}
 
-    restore_state(learner.engine, parameters, TrainableState(start, {}, 0))
+    restore_state(learner.engine, parameters, Whole(start), {}, 0)
     differing["start values in the master copy"] = differences(gather_values(parameters), start)
     differing["start values in the working weights"] = differences(working(parameters), cast(start, dtype))
 
     steps(0, 2)
-    early = gather_state(parameters, 2)
-    differing["working weights after two steps"] = differences(working(parameters), cast(early.values, dtype))
+    early = dict(stream_state(parameters))
+    differing["working weights after two steps"] = differences(working(parameters), cast(part(early, "value"), dtype))
     steps(2, 4)
-    late = gather_state(parameters, 4)
+    late = dict(stream_state(parameters))
     counts = adam_counts(learner)
 
-    restore_state(learner.engine, parameters, early)
-    differing["restored state"] = state_differences(gather_state(parameters, 2), early)
-    differing["restored working weights"] = differences(working(parameters), cast(early.values, dtype))
+    restore(learner, early, 2)
+    differing["restored state"] = differences(dict(stream_state(parameters)), early)
+    differing["restored working weights"] = differences(working(parameters), cast(part(early, "value"), dtype))
     differing["Adam's step after restoring"] = [str(n) for n in adam_counts(learner) if n != 2]
     steps(2, 4)
-    differing["trained again"] = state_differences(gather_state(parameters, 4), late)
+    differing["trained again"] = differences(dict(stream_state(parameters)), late)
 
-    write_weights(parameters, other)
+    write_weights(parameters, Whole(other))
     differing["written working weights"] = differences(working(parameters), cast(other, dtype))
-    differing["master copy after writing weights"] = state_differences(gather_state(parameters, 4), late)
+    differing["master copy after writing weights"] = differences(dict(stream_state(parameters)), late)
     held = how_held(learner, shapes)
     learner.engine.destroy()
 
     learner, steps = build()
-    restore_state(learner.engine, learner.parameters, early)
-    differing["restored into a new engine"] = state_differences(gather_state(learner.parameters, 2), early)
+    restore(learner, early, 2)
+    differing["restored into a new engine"] = differences(dict(stream_state(learner.parameters)), early)
     steps(2, 4)
-    differing["trained on in a new engine"] = state_differences(gather_state(learner.parameters, 4), late)
-    differing["working weights in a new engine"] = differences(working(learner.parameters), cast(late.values, dtype))
+    differing["trained on in a new engine"] = differences(dict(stream_state(learner.parameters)), late)
+    differing["working weights in a new engine"] = differences(
+        working(learner.parameters), cast(part(late, "value"), dtype)
+    )
     learner.engine.destroy()
     return {
         "differing": differing,
         "tensors": len(parameters),
-        "unmoved": differences(late.values, early.values, equal=True),
+        "unmoved": differences(part(late, "value"), part(early, "value"), equal=True),
         "adam_steps": counts,
         "held": held,
     }
@@ -120,12 +122,15 @@ def differences(first: Tensors, second: Tensors, *, equal: bool = False) -> list
     return [name for name in first if torch.equal(first[name], second[name]) == equal]
 
 
-def state_differences(first: TrainableState, second: TrainableState) -> list[str]:
-    """`differences` over values and moments."""
-    found = differences(first.values, second.values)
-    for moment in MOMENTS:
-        found += [f"{moment} {name}" for name in differences(first.moments[moment], second.moments[moment])]
-    return found
+def part(state: Tensors, kind: str) -> Tensors:
+    """The values, or one of the moments, by name."""
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in state.items() if name.startswith(f"{kind}/")}
+
+
+def restore(learner: Learner, state: Tensors, steps: int) -> None:
+    """Put what `stream_state` gave back into the engine."""
+    moments = {moment: Whole(part(state, moment)) for moment in MOMENTS}
+    restore_state(learner.engine, learner.parameters, Whole(part(state, "value")), moments, steps)
 
 
 def adam_counts(learner: Learner) -> list[float]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.training.schedule import rate
+from pipeline.training.schedule import rate, routed_ratio
 
 
 def test_without_warmup_it_is_a_cosine_from_one_to_zero():
@@ -44,3 +44,15 @@ def test_a_whole_share_of_the_steps_is_that_many_steps_of_warmup(num_steps, warm
     assert [rate(step, num_steps, warmup) for step in range(steps)] == pytest.approx(
         [(step + 1) / steps for step in range(steps)], abs=1e-12
     )
+
+
+def test_an_expert_with_a_sixteenth_of_the_tokens_takes_about_a_third_of_the_rate():
+    # Hunyuan-Large: 16 experts, top-1, ratio about .31 where B is about .26 Bn; sqrt(B/Bn) = .51, of B/16: .1275
+    by_hand = (1 / 0.51 + 0.51) / (1 / 0.1275 + 0.1275)
+    assert routed_ratio(1 / 16, 0.2601e6, 1e6) == pytest.approx(by_hand, rel=1e-9) and abs(by_hand - 0.31) < 0.005
+
+
+def test_without_a_noise_batch_the_ratio_is_the_limit_for_small_batches():
+    assert routed_ratio(1 / 4, 500, None) == 0.5
+    assert routed_ratio(2 / 8, 1.0, 1e12) == pytest.approx(0.5, rel=1e-6)
+    assert routed_ratio(1.0, 500, 800) == 1.0

@@ -1,0 +1,76 @@
+"""The algebra of LoRA experts on a frozen SwiGLU network, for one network or for many at once (METHODS section 1).
+
+    a = W_gate x, b = W_up x                                  frozen, once
+    h_e = act(a + L_gate,e x) * (b + L_up,e x)                one a LoRA expert e
+    y = W_down (sum_e beta_e h_e) + sum_e L_down,e (beta_e h_e)
+
+The same formulas hold for a dense network, where a weight is (out, in), and for the routed experts of a rank, where it
+is (E, out, in) and tokens are sorted by routed expert: only the linear map differs, so it is an argument.
+
+Legend: C tokens (in any leading shape), D model width, F FFN width, R LoRA rank, E routed experts of this rank.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.experts.lora import LoraExpert
+
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (C, in), weight -> (C, out), no bias
+
+
+class GroupedLinear:
+    """x_c -> W[e_c] x_c for tokens that stand sorted by their routed expert; `counts` of them for each of E experts."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = list(counts)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(C, in), (E, out, in) -> (C, out)."""
+        parts = x.split(self.counts)
+        # unbind: the gradient of all experts is stacked once; indexing would fill a whole tensor for each of them
+        return torch.cat([F.linear(part, w) for part, w in zip(parts, weight.unbind(0), strict=True)])
+
+
+def expert_hidden(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    experts: Sequence[LoraExpert],
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    scaling: float,
+    linear: Linear = F.linear,
+) -> list[torch.Tensor]:
+    """h_e for each LoRA expert, (C, F), from x (C, D) and the frozen a, b (C, F).
+
+    All A-products that read x are one matmul with stacked A.
+    """
+    pairs = [(i, name) for i, expert in enumerate(experts) for name in ("gate_proj", "up_proj") if name in expert]
+    deltas = {}
+    if pairs:
+        stacked = torch.cat([experts[i][name].lora_A for i, name in pairs], dim=-2)
+        for (i, name), low in zip(pairs, linear(x, stacked).chunk(len(pairs), dim=-1), strict=True):
+            deltas[i, name] = linear(low, experts[i][name].lora_B) * scaling
+    result = []
+    for i in range(len(experts)):
+        gate = a + deltas[i, "gate_proj"] if (i, "gate_proj") in deltas else a
+        up = b + deltas[i, "up_proj"] if (i, "up_proj") in deltas else b
+        result.append(act_fn(gate) * up)
+    return result
+
+
+def expert_down(
+    hidden: Sequence[torch.Tensor], experts: Sequence[LoraExpert], scaling: float, linear: Linear = F.linear
+) -> torch.Tensor | None:
+    """sum_e L_down,e h_e, (C, D); None where the down-projection is not targeted."""
+    if "down_proj" not in experts[0]:
+        return None
+    pairs = [expert["down_proj"] for expert in experts]
+    low = [linear(h, pair.lora_A) for h, pair in zip(hidden, pairs, strict=True)]
+    return linear(torch.cat(low, dim=-1), torch.cat([pair.lora_B for pair in pairs], dim=-1)) * scaling
+
+
+def add(first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
+    """first + second, where there is a second."""
+    return first if second is None else first + second
