@@ -9,6 +9,7 @@ from pipeline.data.tokens import PreparedTask
 from pipeline.evaluation import matrix
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
+from pipeline.placement.state import full_shape
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.matrix_rows import matrix_of
 from pipeline.tracking.mlflow_log import how_to_open
@@ -21,7 +22,7 @@ def print_start(
     print(json.dumps(config.model_dump(mode="json"), indent=1))
     training = config.training
     counts = {
-        name: sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in part.values())
+        name: sum(full_shape(parameter).numel() for parameter in part.values())
         for name, part in learner.components.items()
     }
     print(f"world size {world.size} on {world.device}, ZeRO {config.deepspeed}, batch {training.batch_size} rows")

@@ -22,8 +22,8 @@ def write_tensors(
 ) -> str:
     """Write fp32 tensors as they come, which must be in the order of their names; returns the sha256 of the file.
 
-    `metadata` is the one value kept under `METADATA_KEY`. The file is synced but not renamed: `path` is a temporary one.
-    Raises ValueError where a tensor is not the one announced.
+    `metadata` is the one value kept under `METADATA_KEY`. The file is synced but not renamed: `path` is a temporary
+    one. Raises ValueError where a tensor is not the one announced.
     """
     header: dict[str, object] = {"__metadata__": {METADATA_KEY: metadata}} if metadata is not None else {}
     offset = 0
@@ -70,7 +70,8 @@ class TensorFile:
 
     def names(self) -> list[str]:
         """The names below the prefix."""
-        return [name.removeprefix(self.prefix) for name in self._file.keys() if name.startswith(self.prefix)]
+        names = self._file.keys()
+        return [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
 
     def below(self, prefix: str) -> "TensorFile":
         """The same file, whose names begin with `prefix`."""

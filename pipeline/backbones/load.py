@@ -1,13 +1,11 @@
-"""Load a frozen backbone and its tokenizer from a local folder of safetensors, and digest what was loaded."""
+"""A backbone folder: its configuration, its stock model without weights, its tokenizer, and its digest."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,14 +19,6 @@ from data_contracts.errors import UserError
 from pipeline.backbones.families import Family, family_of
 from pipeline.config import BackboneConfig
 from pipeline.files import canonical_json, sha256_file, sha256_text
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A frozen causal LM with its family. `model` may be partitioned by ZeRO-3."""
-
-    model: nn.Module
-    family: Family
 
 
 def load_config(config: BackboneConfig) -> PreTrainedConfig:
@@ -69,25 +59,6 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"backbone.path '{config.path}' needs a fast tokenizer with an end-of-sequence token")
     return tokenizer
-
-
-def load_backbone(config: BackboneConfig) -> Backbone:
-    """Load the frozen weights in the configured dtype, eval mode, no gradients.
-
-    Under ZeRO-3 keep a `transformers.integrations.HfDeepSpeedConfig` alive around the call: weights are then
-    partitioned while they are read.
-    """
-    family = family_of(load_config(config))
-    model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        revision=config.revision,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    model.requires_grad_(False)
-    return Backbone(model.eval(), family)
 
 
 def skeleton(config: BackboneConfig) -> tuple[PreTrainedModel, Family]:

@@ -118,8 +118,8 @@ def _real(weight: nn.Parameter):
 
 def components_of(experts: Experts) -> Components:
     """Every trainable parameter under its component and its public name, e.g.
-    `shared` -> `model.layers.3.mlp.gate_proj.lora_A` (R, D), or `model.layers.3.mlp.experts.gate_proj.lora_A` (E, R, D),
-    `gate` -> `model.layers.3.mlp.gate.weight` (roles, D)."""
+    `shared` -> `model.layers.3.mlp.gate_proj.lora_A` (R, D), or, of routed experts,
+    `model.layers.3.mlp.experts.gate_proj.lora_A` (E, R, D); `gate` -> `model.layers.3.mlp.gate.weight` (roles, D)."""
     components: Components = {}
     for ffn in experts.ffns:
         for part, by_role in ffn.experts.items():

@@ -91,8 +91,8 @@ def targeted_projections(family: Family, model: nn.Module, targets: Iterable[str
         there = [f"{s.path}.{s.projections[0]}" for s in sites(family, model) if s.path.startswith(f"{last}.")]
         raise UserError(
             f"method.lora.targets: {', '.join(sorted(unused))} matches no projection; there are "
-            f"{', '.join(PROJECTIONS)} in the feed-forward networks and {', '.join(ATTENTION_PROJECTIONS)} in attention, "
-            f"for example {', '.join(there)}"
+            f"{', '.join(PROJECTIONS)} in the feed-forward networks and {', '.join(ATTENTION_PROJECTIONS)} in attention,"
+            f" for example {', '.join(there)}"
         )
     return matched
 
@@ -101,8 +101,8 @@ def initial_value(name: str, shape: tuple[int, ...], seed: str, first_expert: in
     """The start value of a trainable tensor, fp32 on CPU: A is uniform as PEFT's Kaiming start, everything else is
     zero.
 
-    Drawn from (seed, name, routed expert) alone, so that it depends on neither the world size nor the order of creation;
-    a rank draws its own routed experts, of which `first_expert` is the first.
+    Drawn from (seed, name, routed expert) alone, so that it depends on neither the world size nor the order of
+    creation; a rank draws its own routed experts, of which `first_expert` is the first.
     """
     value = torch.zeros(shape)
     if name.endswith("lora_A"):

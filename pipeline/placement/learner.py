@@ -106,8 +106,8 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     parallel = raw.get("expert_parallel", {"autoep_size": 1})
     if not isinstance(parallel, dict) or parallel.keys() != {"autoep_size"} or not _is_degree(parallel["autoep_size"]):
         raise UserError(
-            f'deepspeed: {path} must give expert_parallel as {{"autoep_size": N}} with a whole N from 1, and nothing more: '
-            "dispatch is this pipeline's own"
+            f'deepspeed: {path} must give expert_parallel as {{"autoep_size": N}} with a whole N from 1, and nothing '
+            "more: dispatch is this pipeline's own"
         )
     return raw
 

@@ -46,14 +46,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Loading:
-    """Reading the backbone from safetensors in the plan's dtype, on one rank, in bytes.
+    """Reading the backbone from safetensors in the dtypes it is kept in, on one rank, the fullest, in bytes.
 
-    The fullest rank's; a slice may touch rows beyond its ends.
+    A slice is read in whole rows, which may reach beyond its ends.
     """
 
     requested: int  # tensor slices
     resident: int  # held afterwards, before the first pass gathers anything
-    peak: int  # at most: what is held, and one layer
+    largest_layer: int  # of the backbone, whole but for the other ranks' experts
+
+    @property
+    def peak(self) -> int:
+        """What is held, and one layer."""
+        return self.resident + self.largest_layer
 
 
 def memory_of(architecture: Architecture, trainable: Trainable, placement: Placement, workload: Workload) -> Memory:
@@ -147,12 +152,15 @@ def activations_of(architecture: Architecture, trainable: Trainable, workload: W
     return workload.tokens * kept * workload.element_bytes + logits
 
 
-def loading_of(architecture: Architecture, placement: Placement, workload: Workload, largest_layer: int) -> Loading:
+def loading_of(architecture: Architecture, placement: Placement, workload: Workload) -> Loading:
     """What `placement/materialise.py` reads and holds on one rank."""
     requested, resident = 0, 0
+    layers: dict[int | None, int] = defaultdict(int)
     for tensor in architecture.tensors:
         size = FP32 if tensor.float32 else workload.element_bytes
         held = placement.share(tensor) if placement.zero_stage == 3 else placement.numel(tensor)
-        requested += workload.element_bytes * min(held, placement.numel(tensor))
+        requested += size * min(held, placement.numel(tensor))
         resident += size * held
-    return Loading(requested, resident, resident + largest_layer)
+        if tensor.layer is not None:
+            layers[tensor.layer] += size * placement.numel(tensor)
+    return Loading(requested, resident, max(layers.values()))

@@ -16,10 +16,11 @@ def as_json(
     found: Plan, method: MethodChoice, placement: Placement, workload: Workload, smallest: Placement | None
 ) -> dict[str, Any]:
     """Everything of a plan, in bytes and seconds, with what it was made for."""
-    traffic, memory = found.traffic, found.memory
+    traffic, memory, loading = found.traffic, found.memory, found.loading
     return {
         **asdict(found),
         "memory": {**asdict(memory), "weights": memory.weights, "total": memory.total},
+        "loading": {**asdict(loading), "peak": loading.peak},
         "traffic": {**asdict(traffic), "seconds": traffic.seconds, "total_seconds": traffic.total_seconds},
         "usable_memory": USABLE * placement.device_memory,
         "smallest_world": None if smallest is None else {"world": smallest.world, **asdict(smallest)},

@@ -1,10 +1,11 @@
 """World-size-free trainable state: full fp32 tensors out of, and into, a ZeRO-2 or ZeRO-3 engine.
 
 DeepSpeed's own checkpoint is bound to its partitioning. Here each trainable parameter is one full tensor (its fp32
-master value and Adam's two moments) plus the number of optimizer steps, so any world size and ZeRO stage can go on
-from it; of a tensor over routed experts, each rank holds its own. This file alone reaches into DeepSpeed's optimizer; tests/placement/test_state.py guards what it relies on.
+master value and Adam's two moments) plus the number of optimizer steps, so any world size, ZeRO stage and
+expert-parallel degree can go on from it; of a tensor over routed experts each rank writes and reads its own. This file
+alone reaches into DeepSpeed's optimizer; tests/placement/test_state.py guards what it relies on.
 
-Every function here is a collective: all ranks call it together.
+What gathers is a collective: all ranks call it together.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

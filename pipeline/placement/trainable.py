@@ -35,7 +35,7 @@ class MethodChoice:
             raise UserError(f"--method {self.name} is not known; choose one of {', '.join(ROLES)}")
         if self.rank < 1:
             raise UserError(f"--rank is {self.rank}; a LoRA expert has a rank of at least 1")
-        if self.discriminator_outputs not in (0, *range(2, 10**6)):
+        if self.discriminator_outputs < 0 or self.discriminator_outputs == 1:
             raise UserError(f"--discriminator-outputs is {self.discriminator_outputs}; 2 or more, or 0 for none")
 
     @property

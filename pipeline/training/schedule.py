@@ -17,8 +17,8 @@ def rate(step: int, num_steps: int, warmup_fraction: float) -> float:
 def routed_ratio(fraction: float, batch_tokens: float, noise_batch_tokens: float | None) -> float:
     """Learning rate of an expert that sees `fraction` of a batch's tokens, relative to one that sees all of them.
 
-    Adam's rate follows eps(B) = 2 eps_max / (sqrt(Bn / B) + sqrt(B / Bn)) with the noise batch Bn in tokens (Hunyuan-Large,
-    arXiv 2411.02265; METHODS section 6). Without Bn, its limit for small batches: sqrt(fraction).
+    Adam's rate follows eps(B) = 2 eps_max / (sqrt(Bn / B) + sqrt(B / Bn)) with the noise batch Bn in tokens
+    (Hunyuan-Large, arXiv 2411.02265; METHODS section 6). Without Bn, its limit for small batches: sqrt(fraction).
     """
     if noise_batch_tokens is None:
         return math.sqrt(fraction)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_contracts.errors import UserError
 from pipeline.backbones.families import FAMILIES, family_of, sliding_window
-from pipeline.backbones.load import load_backbone, load_config, load_tokenizer
+from pipeline.backbones.load import load_config, load_tokenizer
 from pipeline.config import BackboneConfig
 from pipeline.data.collate import pack
 from pipeline.experts.attach import ExpertPlan
@@ -139,13 +139,6 @@ def test_a_family_without_an_ffn_we_know_is_refused_by_name(model_type):
 )
 def test_sliding_window_is_what_the_attention_layers_use(model_type, settings, window):
     assert sliding_window(AutoConfig.for_model(model_type, num_hidden_layers=2, **settings)) == window
-
-
-def test_a_backbone_folder_loads_frozen_in_the_asked_dtype(backbone_dir):
-    backbone = load_backbone(BackboneConfig(path=str(backbone_dir), dtype="bfloat16"))
-    assert backbone.family.model_type == "llama" and not backbone.model.training
-    assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
-    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
 
 
 def test_a_folder_that_is_no_backbone_is_refused_before_weights_are_read(tmp_path, backbone_dir):

@@ -1,15 +1,36 @@
-"""Streams that several files look at from all sides, each learned once."""
+"""What the files of this folder look at: streams learned and commands run, launched side by side, once for all tests.
 
+Much of a launch is importing, on one core. So launches wait in two queues that run at the same time: one of two ranks,
+one of plain processes. Only what the collected files need is launched.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import make_stream, make_task
-from tests.jobs.launch import Done, run, run_many
-from tests.jobs.many import digests
-from tests.jobs.mistakes import Place
-from tests.jobs.mistakes_in_tasks import too_many_bad_rows
-from tests.jobs.streams import LEARNING, TASKS, Inputs, Learned, stream_of
+from tests.helpers import make_task
+from tests.jobs import mistakes_in_models, mistakes_in_streams, mistakes_in_tasks  # noqa: F401 (each registers its own)
+from tests.jobs.history import History, make_history
+from tests.jobs.launch import Done, end_everything
+from tests.jobs.methods import learn_by_methods
+from tests.jobs.mistakes import Made, make_mistakes
+from tests.jobs.routed import Routed, learn_routed
+from tests.jobs.streams import TASKS, Inputs, Learned, learn
+from tests.jobs.two_ranks import Shared, Stopped, share_a_launch, stop_by_signal
+
+# file -> the launches it looks at
+NEEDS = {
+    "test_bad_input": {"learned", "on_one_rank", "on_two_ranks"},
+    "test_predict": {"learned", "on_one_rank", "on_two_ranks"},
+    "test_retention": {"learned", "on_two_ranks", "methods"},
+    "test_routed": {"routed"},
+    "test_stop": {"learned", "stopped", "on_two_ranks"},
+    "test_stream": {"learned"},
+    "test_tampering": {"learned"},
+    "test_versions": {"history"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,37 +43,70 @@ def inputs(tmp_path_factory, backbone_dir) -> Inputs:
 
 
 @pytest.fixture(scope="session")
-def learned(inputs, tmp_path_factory) -> Learned:
-    """The stream learned on two ranks with ZeRO-3, in two launches."""
-    folder = tmp_path_factory.mktemp("learned")
-    work_dir = folder / "work"
-    contracts = [inputs.contract(task) for task in TASKS]
-    stream = make_stream(folder / "stream.yaml", work_dir, inputs.backbone, inputs.root, contracts, **LEARNING)
-    backbone = digests(inputs.backbone)
-    first = run("jobs/continual.py", "--stream", stream, "--until", "first", ranks=2)
-    after_first = digests(work_dir)
-    second = run("jobs/continual.py", "--stream", stream, ranks=2)
-    return Learned(inputs, stream, work_dir, first, second, after_first, backbone)
+def launches(request, inputs, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """The results to come, by name."""
+    needed = set().union(*(NEEDS.get(item.path.stem, set()) for item in request.session.items))
+    folders = {name: tmp_path_factory.mktemp(name) for name in sorted(needed)}
+    to_come: dict[str, Future] = {}
+    works = {  # in the order of launching
+        "learned": lambda folder: learn(inputs, folder),
+        "stopped": lambda folder: stop_by_signal(to_come["learned"].result(), folder),
+        "on_two_ranks": lambda folder: share_a_launch(
+            inputs, to_come["learned"].result(), to_come["stopped"].result() if "stopped" in to_come else None, folder
+        ),
+        "routed": lambda folder: learn_routed(inputs, folder),
+        "history": lambda folder: make_history(inputs.backbone, folder),
+        "methods": lambda folder: learn_by_methods(inputs, folder),
+        "on_one_rank": lambda folder: make_mistakes(to_come["learned"].result(), folder),
+    }
+    two_ranks, plain = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    for name, work in works.items():
+        if name in needed:
+            queue = two_ranks if name in ("learned", "stopped", "on_two_ranks", "routed") else plain
+            to_come[name] = queue.submit(work, folders[name])
+    yield to_come
+    end_everything()
+    for queue in (two_ranks, plain):
+        queue.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(inputs, learned, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
-    """Commands that share one launch of two ranks; {name: (work_dir, what became of it)}.
+def learned(launches) -> Learned:
+    """Three tasks learned on two ranks, in two launches."""
+    return launches["learned"].result()
 
-    `pin`: three tasks under retention `pin`. `divides`: a batch of 6 rows in micro-batches of 2. `bad_rows`: a stream
-    whose second task, which rank 1 checks, has too many bad rows.
-    """
-    folder = tmp_path_factory.mktemp("two_ranks")
-    method = LEARNING["method"] | {"retention": {"policy": "pin"}}
-    pin = stream_of(inputs, folder / "pin", TASKS, method, training=LEARNING["training"] | {"epochs": 1})
-    divides, bad_rows = (Place(folder / name, learned) for name in ("divides", "bad_rows"))
-    divides.folder.mkdir()
-    bad_rows.folder.mkdir()
-    too_many_bad_rows(bad_rows)
-    cases = {
-        "pin": pin,
-        "divides": divides.case(divides.stream(training={"batch_size": 6, "micro_batch_size": 2})),
-        "bad_rows": bad_rows.case(bad_rows.stream(bad_rows.task("good"), bad_rows.root / "alone.yaml")),
-    }
-    done = run_many([case for _, case in cases.values()], folder / "out", ranks=2)
-    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
+
+@pytest.fixture(scope="session")
+def stopped(launches) -> Stopped:
+    """An increment on two ranks that got SIGTERM."""
+    return launches["stopped"].result()
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(launches) -> Shared:
+    """Commands that share a launch of two ranks."""
+    return launches["on_two_ranks"].result()
+
+
+@pytest.fixture(scope="session")
+def on_one_rank(launches) -> Made:
+    """Mistakes, and one good command, in a plain process."""
+    return launches["on_one_rank"].result()
+
+
+@pytest.fixture(scope="session")
+def methods(launches) -> dict[str, tuple[Path, Done]]:
+    """The methods on two tasks in a plain process; {name: (work_dir, what became of it)}."""
+    return launches["methods"].result()
+
+
+@pytest.fixture(scope="session")
+def history(launches) -> History:
+    """New versions, new data and rejections in one work_dir."""
+    return launches["history"].result()
+
+
+@pytest.fixture(scope="session")
+def routed(launches) -> Routed:
+    """Streams on backbones with routed experts, on two ranks and on four."""
+    return launches["routed"].result()

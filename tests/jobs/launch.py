@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 240  # seconds for one launch; it takes 10-25 on two quiet cores
+TIMEOUT = 600  # seconds for one launch; it takes 20-60 on two quiet cores
+_STARTED: set[subprocess.Popen] = set()  # what is not ended yet
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,12 @@ def started(script: str, *arguments: object, ranks: int = 0) -> Iterator[Running
                 [*launcher, script, *map(str, arguments)],
                 **{"cwd": ROOT, "stdout": stdout, "stderr": stderr, "env": environment, "start_new_session": True},
             )
+        _STARTED.add(process)
         try:
             yield Running(process, out, err)
         finally:
             end_session(process)
+            _STARTED.discard(process)
 
 
 def run(script: str, *arguments: object, ranks: int = 0, timeout: float = TIMEOUT) -> Done:
@@ -139,3 +142,10 @@ def end_session(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def end_everything() -> None:
+    """Kill whatever is still running: the tests were interrupted."""
+    for process in list(_STARTED):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

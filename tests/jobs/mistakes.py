@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import make_stream, make_task
-from tests.jobs.launch import Case
-from tests.jobs.streams import LEARNING, TASKS, Learned
+from tests.jobs.launch import Case, Done, run_many
+from tests.jobs.many import digests
+from tests.jobs.streams import LEARNING, TASKS, Learned, published
 
 ROWS = {"train": 12, "validation": 6, "test": 6}
 
@@ -63,9 +64,9 @@ class Place:
         path = make_stream(self.folder / "stream.yaml", self.work_dir, backbone, root, tasks, **(LEARNING | sections))
         return ["--stream", str(path)]
 
-    def case(self, arguments: list[str]) -> tuple[Path, Case]:
-        """The work_dir, and the command with these arguments that may not publish into it."""
-        return self.work_dir, Case("continual", arguments, self.work_dir)
+    def case(self, arguments: list[str]) -> Case:
+        """The command with these arguments, which may not publish into the work_dir."""
+        return Case("continual", arguments, self.work_dir)
 
     def deepspeed(self, text: str) -> list[str]:
         """Arguments that name a DeepSpeed file with this text."""
@@ -93,3 +94,29 @@ def mistake(*says: str) -> Callable:
         return build
 
     return register
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of every mistake, made in one plain process, and of one good command after them."""
+
+    places: dict[str, Place]
+    before: dict[str, dict[str, str]]  # sha256 of what each work_dir had published before
+    done: dict[str, Done]
+    alone: Done  # jobs/predict.py on the rows of `third`
+    answers: Path
+
+
+def make_mistakes(learned: Learned, folder: Path) -> Made:
+    """Make every mistake in a folder of its own and hand it to jobs/continual.py."""
+    places = {name: Place(folder / name, learned) for name in MISTAKES}
+    cases: list[Case] = []
+    before = {}
+    for name, place in places.items():
+        place.folder.mkdir()
+        cases.append(place.case(MISTAKES[name].build(place)))
+        before[name] = published(digests(place.work_dir))
+    data, answers = learned.inputs.root / "third" / "test.parquet", folder / "answers.parquet"
+    alone = ("--work-dir", learned.work_dir, "--task", "third", "--data", data, "--out", answers)
+    *done, good = run_many([*cases, Case("predict", alone)], folder / "out")
+    return Made(places, before, dict(zip(places, done, strict=True)), good, answers)

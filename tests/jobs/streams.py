@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import make_stream
-from tests.jobs.launch import Case, Done
+from tests.jobs.launch import Case, Done, run
+from tests.jobs.many import digests
 
 TASKS = ("first", "second", "third")
 # everything that decides the learned numbers; dropout and clipping are on, so that what continues must carry them
@@ -52,6 +53,18 @@ class Learned:
         return manifests(self.work_dir)
 
 
+def learn(inputs: Inputs, folder: Path) -> Learned:
+    """Learn the three tasks on two ranks with ZeRO-3, in two launches."""
+    work_dir = folder / "work"
+    contracts = [inputs.contract(task) for task in TASKS]
+    stream = make_stream(folder / "stream.yaml", work_dir, inputs.backbone, inputs.root, contracts, **LEARNING)
+    backbone = digests(inputs.backbone)
+    first = run("jobs/continual.py", "--stream", stream, "--until", "first", ranks=2)
+    after_first = digests(work_dir)
+    second = run("jobs/continual.py", "--stream", stream, ranks=2)
+    return Learned(inputs, stream, work_dir, first, second, after_first, backbone)
+
+
 def stream_of(
     inputs: Inputs, folder: Path, tasks: tuple[str, ...], method: dict[str, Any], **sections: Any
 ) -> tuple[Path, Case]:
@@ -67,3 +80,8 @@ def manifests(work_dir: Path) -> list[dict]:
     """The manifests of a work_dir, oldest first, as JSON."""
     files = sorted((work_dir / "increments").glob("*/manifest.json"))
     return [json.loads(file.read_text()) for file in files]
+
+
+def published(files: dict[str, str]) -> dict[str, str]:
+    """Of a work_dir's files, those that make up what is served."""
+    return {name: sha for name, sha in files.items() if name.startswith(("champion.json", "increments/", "bank/"))}

@@ -1,7 +1,6 @@
 """What earlier tasks are served with after later increments, and the methods beside moe_cl, as whole jobs."""
 
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,48 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import audit
-from tests.jobs.launch import Done, run_many
-from tests.jobs.streams import LEARNING, TASKS, manifests, stream_of
+from tests.jobs.streams import TASKS, manifests
 
-pytestmark = pytest.mark.timeout(1200)  # set-up is one launch with a shorter limit of its own, or a learned stream
-LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
-FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2}
-
-
-@pytest.fixture(scope="module")
-def on_one_rank(inputs, tmp_path_factory) -> dict[str, tuple[Path, Done]]:
-    """Two tasks in a plain process, one stream after another; `guarded` is `sequential` behind a gate."""
-    folder = tmp_path_factory.mktemp("methods")
-    follow = LEARNING["method"] | {"retention": {"policy": "follow"}}
-    sequential = {"name": "sequential", "lora": LORA}
-    once = {"training": FAST | {"epochs": 1}}
-    streams = {
-        "follow": (follow, once),
-        "follow_one_gate": (follow | {"gate": "shared"}, once),
-        "sequential": (sequential, {"training": FAST}),
-        "guarded": (sequential, {"training": FAST, "gate": {"max_regression": 0.1}}),
-        "per_task": ({"name": "per_task", "lora": LORA}, once),
-        "zero_shot": ({"name": "zero_shot"}, once),
-    }
-    cases = {
-        name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)
-        for name, (method, sections) in streams.items()
-    }
-    for work_dir, _ in cases.values():  # creating MLflow's database takes seconds: one empty one serves all
-        work_dir.mkdir()
-        shutil.copy(empty_database(folder), work_dir / "mlflow.db")
-    done = run_many([case for _, case in cases.values()], folder / "out")
-    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
-
-
-def empty_database(folder: Path) -> Path:
-    """An MLflow database without runs, made by MLflow."""
-    from mlflow import MlflowClient
-
-    path = folder / "empty.db"
-    if not path.is_file():
-        MlflowClient(tracking_uri=f"sqlite:///{path}").get_experiment_by_name("perennial")
-    return path
+pytestmark = pytest.mark.timeout(1800)  # set-up is several launches, each with a shorter limit of its own
 
 
 def predictions(work_dir: Path, number: int, task: str) -> bytes:
@@ -63,7 +23,7 @@ def predictions(work_dir: Path, number: int, task: str) -> bytes:
 
 
 def test_with_pin_scores_and_prediction_files_of_earlier_tasks_never_change(on_two_ranks):
-    work_dir, done = on_two_ranks["pin"]
+    work_dir, done = on_two_ranks.pin, on_two_ranks.done["pin"]
     assert done.code == 0, done.text
     rows = [manifest["row"] for manifest in manifests(work_dir)]
     checks = [manifest["validation_row"] for manifest in manifests(work_dir)]
@@ -78,15 +38,15 @@ def test_with_pin_scores_and_prediction_files_of_earlier_tasks_never_change(on_t
 
 
 def test_with_pin_an_increment_changes_its_own_bundle_alone(on_two_ranks):
-    for manifest in manifests(on_two_ranks["pin"][0]):
+    for manifest in manifests(on_two_ranks.pin):
         assert list(manifest["bundles"]) == [manifest["task"]]
         assert manifest["bundles"][manifest["task"]] == {
             role: manifest["bank"][role] for role in ("shared", "dedicated", "gate")
         }
 
 
-def test_with_follow_every_bundle_holds_the_newest_shared_expert(on_one_rank):
-    work_dir, done = on_one_rank["follow"]
+def test_with_follow_every_bundle_holds_the_newest_shared_expert(methods):
+    work_dir, done = methods["follow"]
     assert done.code == 0, done.text
     first, second = manifests(work_dir)
     bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
@@ -96,8 +56,8 @@ def test_with_follow_every_bundle_holds_the_newest_shared_expert(on_one_rank):
     assert predictions(work_dir, 2, "first") != predictions(work_dir, 1, "first")  # it can be seen in the scores
 
 
-def test_with_follow_and_one_gate_the_gate_moves_too(on_one_rank):
-    work_dir, done = on_one_rank["follow_one_gate"]
+def test_with_follow_and_one_gate_the_gate_moves_too(methods):
+    work_dir, done = methods["follow_one_gate"]
     assert done.code == 0, done.text
     first, second = manifests(work_dir)
     bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
@@ -131,16 +91,16 @@ def test_with_best_a_task_moves_exactly_when_its_gain_is_over_the_margin(learned
 
 
 @pytest.mark.parametrize("name", ["sequential", "per_task", "zero_shot"])
-def test_a_method_completes_and_its_work_dir_passes_the_audit(on_one_rank, name, capsys):
-    work_dir, done = on_one_rank[name]
+def test_a_method_completes_and_its_work_dir_passes_the_audit(methods, name, capsys):
+    work_dir, done = methods[name]
     assert done.code == 0, done.text
     assert [manifest["method"] for manifest in manifests(work_dir)] == [name] * 2
     assert json.loads((work_dir / "finished.json").read_text())["exit_code"] == 0
     assert audit.main(["--work-dir", str(work_dir)]) == 0, capsys.readouterr().out
 
 
-def test_sequential_serves_every_task_with_the_latest_adapter_and_forgets(on_one_rank):
-    work_dir, _ = on_one_rank["sequential"]
+def test_sequential_serves_every_task_with_the_latest_adapter_and_forgets(methods):
+    work_dir, _ = methods["sequential"]
     first, second = manifests(work_dir)
     bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
     assert bundles == {task: {"adapter": second["bank"]["adapter"]} for task in ("first", "second")}
@@ -148,16 +108,16 @@ def test_sequential_serves_every_task_with_the_latest_adapter_and_forgets(on_one
     assert second["row"]["first"] < first["row"]["first"] - 0.2
 
 
-def test_per_task_keeps_every_adapter_and_every_answer(on_one_rank):
-    work_dir, _ = on_one_rank["per_task"]
+def test_per_task_keeps_every_adapter_and_every_answer(methods):
+    work_dir, _ = methods["per_task"]
     first, second = manifests(work_dir)
     bundles = json.loads((work_dir / "champion.json").read_text())["bundles"]
     assert bundles == {m["task"]: {"adapter": m["bank"]["adapter"]} for m in (first, second)}
     assert predictions(work_dir, 2, "first") == predictions(work_dir, 1, "first")
 
 
-def test_zero_shot_trains_nothing_and_publishes_no_expert(on_one_rank):
-    work_dir, done = on_one_rank["zero_shot"]
+def test_zero_shot_trains_nothing_and_publishes_no_expert(methods):
+    work_dir, done = methods["zero_shot"]
     assert "trainable parameters: none" in done.stdout
     for manifest in manifests(work_dir):
         assert manifest["bank"] == {} and manifest["bundles"] == {manifest["task"]: {}}
@@ -165,8 +125,8 @@ def test_zero_shot_trains_nothing_and_publishes_no_expert(on_one_rank):
     assert not (work_dir / "bank").exists()
 
 
-def test_a_regression_past_the_limit_is_rejected_and_the_champion_keeps_serving(on_one_rank, capsys):
-    work_dir, done = on_one_rank["guarded"]
+def test_a_regression_past_the_limit_is_rejected_and_the_champion_keeps_serving(methods, capsys):
+    work_dir, done = methods["guarded"]
     assert done.code == 3, done.text
     first, second = manifests(work_dir)
     assert (first["verdict"], second["verdict"]) == ("promoted", "rejected")

@@ -11,7 +11,7 @@ import pytest
 from jobs import audit
 from tests.jobs.many import digests
 
-pytestmark = pytest.mark.timeout(1200)  # set-up learns a stream
+pytestmark = pytest.mark.timeout(1800)  # set-up is several launches, each with a shorter limit of its own
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,47 @@
+"""moe_cl under `follow` and the methods beside it, each on two tasks."""
+
+import shutil
+from pathlib import Path
+
+from tests.jobs.launch import Done, run_many
+from tests.jobs.streams import LEARNING, TASKS, Inputs, stream_of
+
+LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
+FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2}
+
+
+def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done]]:
+    """Two tasks in a plain process, one stream after another; {name: (work_dir, what became of it)}.
+
+    `guarded` is `sequential` behind a gate against regression.
+    """
+    follow = LEARNING["method"] | {"retention": {"policy": "follow"}}
+    sequential = {"name": "sequential", "lora": LORA}
+    once = {"training": FAST | {"epochs": 1}}
+    streams = {
+        "follow": (follow, once),
+        "follow_one_gate": (follow | {"gate": "shared"}, once),
+        "sequential": (sequential, {"training": FAST}),
+        "guarded": (sequential, {"training": FAST, "gate": {"max_regression": 0.1}}),
+        "per_task": ({"name": "per_task", "lora": LORA}, once),
+        "zero_shot": ({"name": "zero_shot"}, once),
+    }
+    cases = {
+        name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)
+        for name, (method, sections) in streams.items()
+    }
+    for work_dir, _ in cases.values():  # creating MLflow's database takes seconds: one empty one serves all
+        work_dir.mkdir()
+        shutil.copy(empty_database(folder), work_dir / "mlflow.db")
+    done = run_many([case for _, case in cases.values()], folder / "out")
+    return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
+
+
+def empty_database(folder: Path) -> Path:
+    """An MLflow database without runs, made by MLflow."""
+    from mlflow import MlflowClient
+
+    path = folder / "empty.db"
+    if not path.is_file():
+        MlflowClient(tracking_uri=f"sqlite:///{path}").get_experiment_by_name("perennial")
+    return path
