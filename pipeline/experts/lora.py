@@ -91,8 +91,8 @@ def targeted_projections(family: Family, model: nn.Module, targets: Iterable[str
         there = [f"{s.path}.{s.projections[0]}" for s in sites(family, model) if s.path.startswith(f"{last}.")]
         raise UserError(
             f"method.lora.targets: {', '.join(sorted(unused))} matches no projection; there are "
-            f"{', '.join(PROJECTIONS)} in the feed-forward networks and {', '.join(ATTENTION_PROJECTIONS)} in attention,"
-            f" for example {', '.join(there)}"
+            f"{', '.join(PROJECTIONS)} in feed-forward networks and {', '.join(ATTENTION_PROJECTIONS)} in attention, "
+            f"for example {', '.join(there)}"
         )
     return matched
 

@@ -10,7 +10,7 @@ is (E, out, in) and tokens are sorted by routed expert: only the linear map diff
 Legend: C tokens (in any leading shape), D model width, F FFN width, R LoRA rank, E routed experts of this rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,46 @@ class GroupedLinear:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(C, in), (E, out, in) -> (C, out)."""
-        parts = x.split(self.counts)
-        # unbind: the gradient of all experts is stacked once; indexing would fill a whole tensor for each of them
-        return torch.cat([F.linear(part, w) for part, w in zip(parts, weight.unbind(0), strict=True)])
+        return _Grouped.apply(x, weight, self.counts)
+
+
+class _Grouped(torch.autograd.Function):
+    """One matmul an expert, written into one result. Under ZeRO-3 the weight must be kept for backward as the parameter
+    itself, which is gathered again by then: views of it would keep every layer's gathered experts alive.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.counts = counts
+        y = x.new_empty(len(x), weight.shape[1])
+        for expert, rows in _runs(counts):
+            torch.mm(x[rows], weight[expert].T, out=y[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.new_empty(len(grad), weight.shape[2])
+            for expert, rows in _runs(ctx.counts):
+                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)  # an expert without a token has none
+            for expert, rows in _runs(ctx.counts):
+                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
+        return grad_x, grad_weight, None
+
+
+def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has tokens, with their rows."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
 
 
 def expert_hidden(
