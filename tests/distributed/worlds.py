@@ -199,7 +199,7 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
 }
 
 
-def start_ranks(ranks: int, plan: Path, log: Path, worker: Path = WORKER) -> None:
+def start_ranks(ranks: int, plan: Path, log: Path, worker: Path = WORKER, limit: int = LIMIT) -> None:
     """Run a worker; raises LaunchFailed with the log's end. Nothing of it lives on afterwards."""
     command = [sys.executable, str(worker), str(plan)]
     if ranks > 1:
@@ -215,9 +215,9 @@ def start_ranks(ranks: int, plan: Path, log: Path, worker: Path = WORKER) -> Non
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code = process.wait(LIMIT)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            code = f"no code within {LIMIT} s"
+            code = f"no code within {limit} s"
         finally:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
