@@ -9,17 +9,20 @@ Legend: B sequences, packed into N rows of S tokens (T = N * S); D model width, 
 the rank that owns their routed expert.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from pipeline.backbones.families import RoutedBlock
-from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator, pooled_mean
+from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator
 from pipeline.experts.dispatch import route
+from pipeline.experts.kernel import Frozen, MixedSwiglu, Shape
 from pipeline.experts.lora import LoraExpert, LoraOptions
-from pipeline.experts.swiglu import GroupedLinear, add, expert_down, expert_hidden
+from pipeline.experts.swiglu import GroupedLinear, add, expert_down, plain_mixed
 
 
 class ExpertFFN(nn.Module):
@@ -116,54 +119,70 @@ class ExpertFFN(nn.Module):
     def _dense(self, part: str, x: torch.Tensor, pool: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One SwiGLU network on all tokens. The leaf module fetched the weights: no call through the children."""
         ffn = self.parts[part]
-        a, b = _linear(ffn.gate_proj, x), _linear(ffn.up_proj, x)
         experts = self._speaking(part)
         if not experts:
-            return _linear(ffn.down_proj, ffn.act_fn(a) * b), None
-        dropped = self.dropout(x)  # one mask on x, for every expert and for the pooled path
-        hidden = self._mixed(x, expert_hidden(dropped, a, b, experts, ffn.act_fn, self.scaling))
-        y = _linear(ffn.down_proj, sum(hidden))
-        y = add(y, expert_down([self.dropout(h) for h in hidden], experts, self.scaling))
+            return _linear(ffn.down_proj, ffn.act_fn(_linear(ffn.gate_proj, x)) * _linear(ffn.up_proj, x)), None
+        gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj
+        frozen = Frozen(gate.weight, up.weight, down.weight, gate.bias, up.bias)
+        notes = None
+        if pool is not None:
+            notes = pool.argmax(dim=0), pool.sum(dim=0), len(pool)  # the division comes after the sum
+        y, sums = self._mixed(experts, frozen, ffn.act_fn, x, notes, None)
+        y = add(y, down.bias)
         if pool is None:
             return y, None
-        # detached: only the shared expert of this layer is on the pooled path
-        shared = [self.experts[part or "ffn"]["shared"]]
-        (h,) = expert_hidden(dropped.detach(), a.detach(), b.detach(), shared, ffn.act_fn, self.scaling)
-        mean = pooled_mean(h, pool)
-        return y, add(_linear(ffn.down_proj, mean), expert_down([mean], shared, self.scaling))
+        mean = sums / pool.sum(dim=1, keepdim=True).to(sums.dtype)
+        return y, add(_linear(down, mean), expert_down([mean], experts[self._shared() :][:1], self.scaling))
 
     def _routed(self, x: torch.Tensor, pool: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The routed experts: every token to the ranks of its experts and back. Collective over the group."""
-        block, frozen = self.routed, getattr(self.ffn, self.routed.experts)
+        block, stock = self.routed, getattr(self.ffn, self.routed.experts)
         weights, chosen = block.route(self.ffn, x)
         experts = self._speaking(block.experts)
         pool = pool if experts else None
         way = route(chosen, self.num_experts, 0 if pool is None else len(pool), self.group)
-        grouped = GroupedLinear(way.counts)
         tokens = way.dispatch(x)
-        a, b = grouped(tokens, frozen.gate_up_proj).chunk(2, dim=-1)
         if not experts:
-            return way.combine(grouped(frozen.act_fn(a) * b, frozen.down_proj), weights), None
-        dropped = self.dropout(tokens)
-        # the gate reads x alone, so it is computed again where the token landed
-        hidden = self._mixed(tokens, expert_hidden(dropped, a, b, experts, frozen.act_fn, self.scaling, grouped))
-        y = grouped(sum(hidden), frozen.down_proj)
-        y = add(y, expert_down([self.dropout(h) for h in hidden], experts, self.scaling, grouped))
+            grouped = GroupedLinear(way.counts)
+            a, b = grouped(tokens, stock.gate_up_proj).chunk(2, dim=-1)
+            return way.combine(grouped(stock.act_fn(a) * b, stock.down_proj), weights), None
+        num_slots = sum(way.sequences)
+        notes = None
+        if pool is not None:
+            share, slot = way.slots(way.dispatch(_notes(pool, weights.detach())))
+            notes = slot, share, num_slots
+        frozen = Frozen(stock.gate_up_proj, None, stock.down_proj)
+        y, means = self._mixed(experts, frozen, stock.act_fn, tokens, notes, tuple(way.counts))
         y = way.combine(y, weights)
         if pool is None:
             return y, None
-        shared = [self.experts[block.experts]["shared"]]
-        share, slot = way.slots(way.dispatch(_notes(pool, weights.detach())))
-        (h,) = expert_hidden(dropped.detach(), a.detach(), b.detach(), shared, frozen.act_fn, self.scaling, grouped)
         # for each local expert, one row a sequence of all senders: the sum of w h_s over its copies there, by n
-        num_slots = sum(way.sequences)
-        each_expert = zip(h.split(way.counts), slot.split(way.counts), share.split(way.counts), strict=True)
-        means = torch.cat(
-            [_membership(where, weight, num_slots).to(h.dtype) @ part for part, where, weight in each_expert]
-        )
         rows = GroupedLinear([num_slots] * len(way.counts))
-        z = add(rows(means, frozen.down_proj), expert_down([means], shared, self.scaling, rows))
+        shared = experts[self._shared() :][:1]
+        z = add(rows(means, stock.down_proj), expert_down([means], shared, self.scaling, rows))
         return y, way.home(z.view(len(way.counts), num_slots, -1).sum(dim=0))
+
+    def _mixed(
+        self,
+        experts: list[LoraExpert],
+        frozen: Frozen,
+        act_fn: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        notes: tuple[torch.Tensor, torch.Tensor, int] | None,
+        counts: tuple[int, ...] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixed output of the speaking experts, (C, D), and the pooled sums; `notes` are slot, share, rows."""
+        slot, share, pooled_rows = notes or (None, None, 0)
+        dropout = self.dropout.p if self.training else 0.0
+        dropped = self.dropout(x) if dropout else None  # one mask on x, for every expert and for the pooled path
+        # the gate reads x alone, so the owner of a routed expert computes it again where the token landed
+        beta = self.gate_weights(x)[:, self._places()] if len(experts) > 1 else None
+        targeted = tuple(experts[0])
+        shape = Shape(counts, self.scaling, targeted, len(experts), dropout, pooled_rows, self._shared())
+        if not isinstance(act_fn, (nn.SiLU, SiLUActivation)) or frozen.gate.requires_grad:
+            return plain_mixed(shape, act_fn, x, dropped, beta, slot, share, frozen, experts)
+        lora = [p for expert in experts for name in targeted for p in (expert[name].lora_A, expert[name].lora_B)]
+        return MixedSwiglu.apply(shape, x, dropped, beta, slot, share, *frozen, *lora)
 
     def _speaking(self, part: str) -> list[LoraExpert]:
         """The active LoRA experts of a part, in the order of the roles."""
@@ -172,13 +191,14 @@ class ExpertFFN(nn.Module):
             return []
         return [expert for role, expert in self.experts[part].items() if role in self.active]
 
-    def _mixed(self, x: torch.Tensor, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """beta_e h_e for the active roles; a role that speaks alone is not weighed."""
-        if len(hidden) == 1:
-            return hidden
-        beta = self.gate_weights(x)
-        places = [index for index, role in enumerate(self.roles) if role in self.active]
-        return [h * beta[..., index : index + 1] for index, h in zip(places, hidden, strict=True)]
+    def _places(self) -> list[int]:
+        """Which outputs of the gate belong to the active roles."""
+        return [index for index, role in enumerate(self.roles) if role in self.active]
+
+    def _shared(self) -> int:
+        """The place of the shared expert among those that speak; 0 where it does not."""
+        speaking = [role for role in self.roles if role in self.active]
+        return speaking.index("shared") if "shared" in speaking else 0
 
 
 def require_input_gradient(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
@@ -201,13 +221,6 @@ def _notes(pool: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     per_token = (members / members.sum(dim=1, keepdim=True)).sum(dim=0)  # (T,) 1 / n, or 0 for padding
     share = weights.to(wide) * per_token.unsqueeze(1)
     return torch.stack([share, pool.argmax(dim=0).to(wide).unsqueeze(1).expand_as(share)], dim=-1)
-
-
-def _membership(slot: torch.Tensor, weight: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """(slots, C): the weight of each copy in its sequence's row."""
-    member = weight.new_zeros(num_slots, len(slot))
-    member[slot, torch.arange(len(slot), device=slot.device)] = weight
-    return member
 
 
 def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

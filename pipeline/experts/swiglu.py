@@ -7,6 +7,9 @@
 The same formulas hold for a dense network, where a weight is (out, in), and for the routed experts of a rank, where it
 is (E, out, in) and tokens are sorted by routed expert: only the linear map differs, so it is an argument.
 
+`plain_mixed` is the formula in plain autograd, for any activation; kernel.py computes the same for SiLU with its own
+backward pass.
+
 Legend: C tokens (in any leading shape), D model width, F FFN width, R LoRA rank, E routed experts of this rank.
 """
 
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from pipeline.experts.kernel import Frozen, Shape, membership
 from pipeline.experts.lora import LoraExpert
 
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (C, in), weight -> (C, out), no bias
@@ -111,3 +115,37 @@ def expert_down(
 def add(first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
     """first + second, where there is a second."""
     return first if second is None else first + second
+
+
+def plain_mixed(
+    shape: Shape,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    slot: torch.Tensor | None,
+    share: torch.Tensor | None,
+    frozen: Frozen,
+    experts: Sequence[LoraExpert],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, means) as `kernel.MixedSwiglu` defines them and its arguments."""
+    linear = F.linear if shape.counts is None else GroupedLinear(shape.counts)
+    if frozen.up is None:
+        a, b = linear(x, frozen.gate).chunk(2, dim=-1)
+    else:
+        a, b = linear(x, frozen.gate), linear(x, frozen.up)
+    a, b = (t if bias is None else t + bias for t, bias in ((a, frozen.gate_bias), (b, frozen.up_bias)))
+    reads = x if dropped is None else dropped
+    hidden = expert_hidden(reads, a, b, experts, act_fn, shape.scaling, linear)
+    if beta is not None:
+        hidden = [h * beta[:, e : e + 1] for e, h in enumerate(hidden)]
+    y = linear(sum(hidden), frozen.down)
+    kept = [F.dropout(h, shape.dropout) for h in hidden] if shape.dropout else hidden
+    y = add(y, expert_down(kept, experts, shape.scaling, linear))
+    if not shape.pooled_rows:
+        return y, y.new_zeros(0, frozen.down.shape[-1])
+    shared = [experts[shape.shared]]
+    (h,) = expert_hidden(reads.detach(), a.detach(), b.detach(), shared, act_fn, shape.scaling, linear)
+    counts = [len(x)] if shape.counts is None else list(shape.counts)
+    runs = zip(h.split(counts), slot.split(counts), share.split(counts), strict=True)
+    return y, torch.cat([membership(where, weight, shape.pooled_rows, part) @ part for part, where, weight in runs])

@@ -29,8 +29,9 @@ def build(
     roles: tuple[str, ...] = ROLES,
     bias: bool = False,
     dropout: float = 0.0,
+    frozen: bool = True,
 ) -> ExpertFFN:
-    """An fp64 expert FFN in which no parameter is zero, all of them trainable."""
+    """An fp64 expert FFN in which no parameter is zero; with a network that is not `frozen`, plain autograd runs."""
     torch.manual_seed(1)
     config = LlamaConfig(hidden_size=WIDTH, intermediate_size=FFN_WIDTH, num_attention_heads=1, mlp_bias=bias)
     options = LoraOptions(rank=RANK, alpha=ALPHA, dropout=dropout)
@@ -39,6 +40,7 @@ def build(
     ffn.attach(0, roles, {"": experts}, options, 0, WIDTH)
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
+    ffn.ffn.requires_grad_(not frozen)
     return ffn.train()
 
 
@@ -97,9 +99,9 @@ def naive_mixture(ffn: ExpertFFN, x: torch.Tensor) -> torch.Tensor:
 
 
 def all_gradients(ffn: ExpertFFN, x: torch.Tensor, out: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of every parameter, frozen ones and biases too, and of the input under one fixed random cotangent."""
+    """Gradients of all that asks for one, and of the input, under one fixed random cotangent."""
     torch.manual_seed(3)
-    names = dict(ffn.named_parameters()) | {"input": x}
+    names = {name: p for name, p in ffn.named_parameters() if p.requires_grad} | {"input": x}
     grads = torch.autograd.grad(out, list(names.values()), torch.randn_like(out), allow_unused=True)
     return {
         name: torch.zeros_like(value) if grad is None else grad
@@ -117,10 +119,11 @@ TARGETS = [
 ]
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["kernel", "plain"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("projections", TARGETS, ids="+".join)
-def test_output_and_every_gradient_equal_two_whole_ffns_and_the_gate(projections, bias):
-    ffn = build(projections, bias=bias)
+def test_output_and_every_gradient_equal_two_whole_ffns_and_the_gate(projections, bias, frozen):
+    ffn = build(projections, bias=bias, frozen=frozen)
     x = inputs()
     ours, theirs = ffn(x), naive_mixture(ffn, x)
     assert (ours - theirs).abs().max() < TOLERANCE
