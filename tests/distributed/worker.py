@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import deepspeed
 import torch
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.placement.distributed import World, start_world
 
@@ -42,7 +41,6 @@ def main(kinds: Kinds) -> int:
             raise
         note["shared_memory_op"] = repr(deepspeed.comm.comm.cdb.shm_comm_op)
         (folder / f"rank{world.rank}.json").write_text(json.dumps(note), encoding="utf-8")
-        unset_hf_deepspeed_config()  # the next case may run another stage
         gc.collect()
         world.barrier()
         print(f"rank {world.rank}, case {folder.name}: {time.monotonic() - begin:.1f} s", flush=True)

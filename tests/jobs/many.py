@@ -28,7 +28,7 @@ def main(cases_file: str, out_dir: str) -> int:
         out, err = Path(f"{base}.out"), Path(f"{base}.err")
         code = captured(case["job"], case["arguments"], out, err)
         files = digests(Path(case["watch"])) if case["watch"] and rank == 0 else {}
-        gc.collect()  # transformers finds a ZeRO-3 configuration as long as an object of the last command holds it
+        gc.collect()  # engines are cycles of objects: the next command needs their memory
         record = {"code": code, "stdout": out.read_text(), "stderr": err.read_text(), "files": files}
         Path(f"{base}.json").write_text(json.dumps(record))
     return code

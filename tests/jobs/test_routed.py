@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from jobs import audit
 from tests.jobs.launch import ROOT
-from tests.jobs.routed import MISTAKES, ON_FOUR_RANKS, ON_TWO_RANKS
+from tests.jobs.routed import MISTAKES, ON_FOUR_RANKS, ON_TWO_RANKS, TWO_TASKS
 from tests.jobs.streams import manifests
 
 pytestmark = pytest.mark.timeout(1800)  # set-up is several launches, each with a shorter limit of its own
@@ -31,7 +31,7 @@ def test_every_method_is_run_here():
 def test_a_stream_is_learned_registered_and_audited(routed, name, capsys):
     done, work_dir = routed.done[name], routed.work_dirs[name]
     assert done.code == 0, done.text
-    assert [m["task"] for m in manifests(work_dir)] == ["first", "second"]
+    assert [m["task"] for m in manifests(work_dir)] == ["first", "second"][: 1 + (name in TWO_TASKS)]
     assert json.loads((work_dir / "finished.json").read_text())["exit_code"] == 0
     assert audit.main(["--work-dir", str(work_dir)]) == 0, capsys.readouterr().out
 
@@ -56,7 +56,9 @@ def test_the_bank_holds_every_routed_expert_whatever_ranks_held_them(routed, nam
 
 @pytest.mark.parametrize(("first", "second"), [("zero3_ep2", "zero2_ep2"), ("zero3_ep2", "zero3_ep4")])
 def test_rows_of_r_and_steps_do_not_depend_on_the_placement(routed, first, second):
-    for one, other in zip(manifests(routed.work_dirs[first]), manifests(routed.work_dirs[second]), strict=True):
+    others = manifests(routed.work_dirs[second])
+    assert others
+    for one, other in zip(manifests(routed.work_dirs[first]), others, strict=False):
         assert one["row"] == other["row"] and one["training"] == other["training"]
 
 
