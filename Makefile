@@ -33,13 +33,14 @@ if [ "$$devices" -eq 0 ]; then \
 fi
 endef
 
-.PHONY: help venv quickstart quickstart-moe test proof-moe proof-loading lint clean
+.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading lint clean
 
 help:
 	@echo "make quickstart   set up, make the demo's model and data, learn $(STREAM)"
 	@echo "make quickstart-moe  the same on a mixture of experts, its experts shared out over 2 processes"
 	@echo "make test         set up, run the suite (lint included)"
 	@echo "make proof-moe    every expert-parallel size and ZeRO stage on 1, 2 and 4 processes against a naive model"
+	@echo "make proof-plan   bytes that jobs/plan.py predicts against those measured on 2 processes (the suite has 4)"
 	@echo "make proof-loading   load a 3 GB mixture of experts on 4 processes: bytes read, peak memory (3 minutes)"
 	@echo "make lint         ruff check and format check"
 	@echo "make venv         set up only: $(VENV)"
@@ -70,6 +71,9 @@ test: $(STAMP)
 
 proof-moe: $(STAMP)
 	@$(ENVIRONMENT); exec python -m pytest -q -m long tests/moe
+
+proof-plan: $(STAMP)
+	@$(ENVIRONMENT); exec python -m pytest -q -m long tests/placement/test_plan_truth.py
 
 proof-loading: $(STAMP)
 	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; folder=$$(mktemp -d); \

@@ -10,6 +10,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: the sizes that the standard suite leaves out; run them with -m long")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `long` run only where `-m` asks for them: `make proof-moe`, `make proof-plan`."""
+    if "long" in (config.option.markexpr or ""):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 @pytest.fixture(scope="session")
 def backbone_dir(tmp_path_factory) -> Path:
     """A tiny Llama backbone with its tokenizer, as a folder; not to be changed."""

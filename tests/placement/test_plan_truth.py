@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 RANK = 3
-every_world = pytest.mark.parametrize("ranks", [2, 4])
+every_world = pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
 every_case = pytest.mark.parametrize("name", CASES)
 
 
