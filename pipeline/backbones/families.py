@@ -29,7 +29,6 @@ class RoutedBlock:
 
     num_experts: str = "num_experts"  # key of the configuration
     top_k: str = "num_experts_per_tok"  # key of the configuration
-    ffn_width: str = "moe_intermediate_size"  # key of the configuration
     router: str = "gate"  # module of the block
     experts: str = "experts"  # module of the block
     always_on: str | None = None  # module of the block
@@ -77,7 +76,6 @@ _ROUTED = [
         "mixtral",
         RoutedBlock(
             num_experts="num_local_experts",
-            ffn_width="intermediate_size",
             saved_experts=("w1", "w3", "w2"),
             renamed=((".block_sparse_moe.", ".mlp."),),
         ),
@@ -87,7 +85,6 @@ _ROUTED = [
         "hunyuan_v1_moe",
         RoutedBlock(
             top_k="moe_topk",
-            ffn_width="intermediate_size",
             always_on="shared_mlp",
             float32=(".mlp.gate.wg.",),
         ),

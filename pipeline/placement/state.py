@@ -103,10 +103,10 @@ def experts_of(parameter: nn.Parameter) -> Experts:
     return parameter.expert_slice[:2] if hasattr(parameter, "expert_slice") else None
 
 
-def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None):
+def gathered(parameters: Iterable[nn.Parameter]):
     """Context in which parameters partitioned by ZeRO-3 are whole; nothing to do for whole ones."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank, enabled=bool(partitioned))
+    return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
