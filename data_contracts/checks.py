@@ -4,7 +4,6 @@ A reason column is an Arrow string column with one value per row: null for a row
 the first check it failed. Columns are strings here: the readers have turned every accepted value into its text.
 """
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,8 +26,9 @@ def no_reasons(num_rows: int) -> Column:
 
 def mark(reasons: Column, failed: Column, code: str) -> Column:
     """Give `code` to the rows that failed and have no reason yet."""
-    hit = pc.and_(pc.is_null(reasons), pc.fill_null(failed, False))
-    return pc.if_else(hit, pa.scalar(code, pa.string()), reasons)
+    marks = _Marks(reasons)
+    marks.add(failed, code)
+    return marks.reasons()
 
 
 def counts(reasons: Column) -> dict[str, int]:
@@ -48,32 +48,33 @@ def check_values(contract: TaskContract, table: pa.Table, reasons: Column) -> tu
         The reasons, and for each rule of severity `warn` True where a row breaks it.
     """
     columns = contract.columns
+    marks = _Marks(reasons)
     needed = [name for name in (columns.id, columns.answer) if name is not None]
     for name in needed:
-        reasons = mark(reasons, _blank(table.column(name)), "null")
+        marks.add(_blank(table.column(name)), "null")
     for name in contract.prompt_columns:
-        reasons = mark(reasons, pc.is_null(table.column(name)), "null")
-    reasons = mark(reasons, _blank(table.column(columns.text)), "empty_text")
+        marks.add(pc.is_null(table.column(name)), "null")
+    marks.add(_blank(table.column(columns.text)), "empty_text")
     if contract.labels is not None:
         known = pc.is_in(table.column(columns.answer), value_set=pa.array(list(contract.labels), pa.string()))
-        reasons = mark(reasons, pc.invert(known), "unknown_label")
+        marks.add(pc.invert(known), "unknown_label")
     for rule in contract.rules:
         if rule.severity == "reject":
-            reasons = mark(reasons, broken(rule, table.column(rule.column)), rule.code)
+            marks.add(broken(rule, table.column(rule.column)), rule.code)
     warned: dict[str, Column] = {}
     for rule in contract.rules:
         if rule.severity == "warn":
             hit = broken(rule, table.column(rule.column))
             warned[rule.code] = pc.or_(warned[rule.code], hit) if rule.code in warned else hit
-    return reasons, warned
+    return marks.reasons(), warned
 
 
 def broken(rule: Rule, values: Column) -> Column:
     """True where a value breaks the rule. A missing value breaks every rule, a text that is no number min and max."""
     if rule.check == "min_length":
-        fine = pc.greater_equal(pc.utf8_length(values), rule.value)
+        fine = _has_characters(values, rule.value)
     elif rule.check == "max_length":
-        fine = pc.less_equal(pc.utf8_length(values), rule.value)
+        fine = pc.invert(_has_characters(values, rule.value + 1))
     elif rule.check == "regex":
         fine = pc.match_substring_regex(values, pattern=rule.value)
     elif rule.check == "allowed_values":
@@ -81,31 +82,56 @@ def broken(rule: Rule, values: Column) -> Column:
     else:
         compare = pc.greater_equal if rule.check == "min_value" else pc.less_equal
         fine = compare(_numbers(values), float(rule.value))
-    return pc.invert(pc.fill_null(fine, False))
+    return pc.or_kleene(pc.is_null(fine), pc.invert(fine))
 
 
-def repeats(values: Column, reasons: Column) -> Column:
-    """True where an earlier row without a reason has the same value: the first one wins."""
-    candidates = np.flatnonzero(pc.is_null(reasons).to_numpy())
-    repeated = np.zeros(len(values), dtype=bool)
-    if len(candidates):
-        encoded = pc.dictionary_encode(values.take(pa.array(candidates))).unify_dictionaries()
-        codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])
-        again = np.ones(len(codes), dtype=bool)
-        again[np.unique(codes, return_index=True)[1]] = False
-        repeated[candidates[again]] = True
-    return pa.chunked_array([pa.array(repeated)])
+class _Marks:
+    """Reasons on their way: a number for each row that failed, and the codes' texts only once at the end."""
+
+    def __init__(self, reasons: Column) -> None:
+        self._known = reasons
+        self._free = pc.is_null(reasons)
+        self._codes: list[str] = []
+        self._found = pa.chunked_array([pa.nulls(len(reasons), pa.int32())])
+
+    def add(self, failed: Column, code: str) -> None:
+        """Give `code` to the rows that failed and have no reason yet."""
+        hit = pc.and_(self._free, pc.fill_null(failed, False) if failed.null_count else failed)
+        if pc.any(hit).as_py():
+            self._found = pc.if_else(hit, pa.scalar(len(self._codes), pa.int32()), self._found)
+            self._codes.append(code)
+            self._free = pc.and_not(self._free, hit)
+
+    def reasons(self) -> Column:
+        """The reason column."""
+        if not self._codes:
+            return self._known
+        found = pa.chunked_array([pa.array(self._codes, pa.string()).take(chunk) for chunk in self._found.chunks])
+        return found if self._known.null_count == len(found) else pc.coalesce(self._known, found)
 
 
-def shared_with(keys: Column, reasons: Column, others: Column, other_reasons: Column) -> Column:
-    """True where a row's key is also the key of a kept row of another split."""
-    kept = others.filter(pc.is_null(other_reasons))
-    return pc.and_(pc.is_null(reasons), pc.is_in(keys, value_set=kept.combine_chunks()))
+def _has_characters(values: Column, number: int) -> Column:
+    """True where a text has at least `number` characters, which are counted only where its bytes do not tell: one
+    character is 1 to 4 bytes.
+    """
+    num_bytes = pc.binary_length(values)
+    enough = pc.greater_equal(num_bytes, _int32(4 * number))
+    unsure = pc.and_not(pc.greater_equal(num_bytes, _int32(number)), enough)
+    if not pc.any(unsure).as_py():
+        return enough
+    counted = pc.greater_equal(pc.utf8_length(pc.if_else(unsure, values, "")), number)
+    return pc.or_(enough, pc.and_(unsure, counted))
+
+
+def _int32(number: int) -> pa.Scalar:
+    """A length to compare with: no text of a column is as long as the largest."""
+    return pa.scalar(min(number, 2**31 - 1), pa.int32())
 
 
 def _blank(values: Column) -> Column:
     """True for a null and for a text of white space only."""
-    return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
+    nothing = pc.or_(pc.utf8_is_space(values), pc.equal(pc.binary_length(values), _int32(0)))
+    return pc.or_kleene(pc.is_null(values), nothing)
 
 
 def _numbers(values: Column) -> Column:

@@ -6,8 +6,8 @@ A row that cannot be read as a record is kept as a row with a reason, so that ro
 import csv
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -21,13 +21,17 @@ from data_contracts.checks import column_of, mark, no_reasons
 from data_contracts.errors import UserError
 from pipeline.files import sha256_bytes
 
+# Rows read, checked and written at a time.
+BATCH_ROWS = 65_536
+# Bytes of a parquet column read at a time: without a limit it is a whole row group, often a million rows.
+_READ_BYTES = 1 << 20
 # What a column may hold: text only; names (text, whole numbers, true/false); anything that prints as one value.
 Role = Literal["text", "key", "value"]
 
 
 @dataclass(frozen=True)
 class Records:
-    """The rows of one file."""
+    """The rows of a file, or some of them that follow one another."""
 
     table: pa.Table  # the asked columns as strings
     lines: np.ndarray  # where each row begins, from 1; in parquet the row number
@@ -48,14 +52,23 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 def read_records(path: str, file_format: str, roles: dict[str, Role]) -> Records:
     """Read the columns named in `roles`. Raises UserError naming the file if it is unreadable or lacks a column."""
-    with open_file(path) as file:
-        columns, lines, reasons, unreadable = raw_columns(path, file, file_format, list(roles))
-    texts = {}
-    for name, role in roles.items():
-        texts[name], wrong, undecodable = as_text(columns[name], role)
-        reasons = mark(reasons, undecodable, "invalid_utf8")
-        reasons = mark(reasons, wrong, "wrong_type")
-    return Records(pa.table(texts), lines, reasons, unreadable)
+    (records,) = read_batches(path, file_format, roles, None)
+    return records
+
+
+def read_batches(path: str, file_format: str, roles: Mapping[str, Role], num_rows: int | None) -> Iterator[Records]:
+    """As `read_records`, at most `num_rows` rows at a time (None: the whole file at once); at least one batch, which
+    may be empty. Raises as `read_records`, for a fault that shows late in the file after the rows before it.
+    """
+    with open_file(path) as file, closing(_parts(path, file, file_format, list(roles), num_rows)) as parts:
+        for part in parts:
+            columns, lines, reasons, unreadable = _with_reasons(part)
+            texts = {}
+            for name, role in roles.items():
+                texts[name], wrong, undecodable = as_text(columns[name], role)
+                reasons = mark(reasons, undecodable, "invalid_utf8")
+                reasons = mark(reasons, wrong, "wrong_type")
+            yield Records(pa.table(texts), lines, reasons, unreadable)
 
 
 def raw_columns(
@@ -66,14 +79,33 @@ def raw_columns(
     Returns:
         columns, line numbers, reasons (malformed, invalid_utf8), digests of the rows that are no records.
     """
+    (part,) = _parts(path, file, file_format, names, None)
+    return _with_reasons(part)
+
+
+@dataclass
+class _Part:
+    """Rows that follow one another, as their file holds them."""
+
+    columns: dict[str, Any]
+    lines: list[int] | range
+    bad: dict[int, tuple[str, bytes]]  # row -> reason code and bytes of what is no record
+
+
+def _parts(
+    path: str, file: BinaryIO, file_format: str, names: list[str] | None, num_rows: int | None
+) -> Generator[_Part]:
     read = {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv}[file_format]
-    columns, lines, bad = read(path, file, names)
-    codes: list[str | None] = [None] * len(lines)
-    for row, (code, _) in bad.items():
+    return read(path, file, names, num_rows)
+
+
+def _with_reasons(part: _Part) -> tuple[dict[str, Any], np.ndarray, pa.ChunkedArray, dict[int, str]]:
+    codes: list[str | None] = [None] * len(part.lines)
+    for row, (code, _) in part.bad.items():
         codes[row] = code
-    digests = {row: sha256_bytes(content) for row, (_, content) in bad.items()}
-    reasons = column_of(codes) if bad else no_reasons(len(lines))
-    return columns, np.asarray(lines, dtype=np.int64), reasons, digests
+    digests = {row: sha256_bytes(content) for row, (_, content) in part.bad.items()}
+    reasons = column_of(codes) if part.bad else no_reasons(len(part.lines))
+    return part.columns, np.asarray(part.lines, dtype=np.int64), reasons, digests
 
 
 def as_text(values: Any, role: Role) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray]:
@@ -97,23 +129,37 @@ def as_text(values: Any, role: Role) -> tuple[pa.ChunkedArray, pa.ChunkedArray, 
     return text, nothing if suits else pc.is_valid(values), nothing
 
 
-def _parquet(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str, Any], range, dict]:
+def _parquet(path: str, file: BinaryIO, names: list[str] | None, num_rows: int | None) -> Generator[_Part]:
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, buffer_size=_READ_BYTES)
         present = parquet.schema_arrow.names
         _require(path, names, present)
-        table = parquet.read(columns=names)
+        wanted = names if names is not None else list(dict.fromkeys(present))
+        if num_rows is None or not parquet.metadata.num_rows:
+            tables = iter([parquet.read(columns=names)])
+        else:
+            batches = parquet.iter_batches(num_rows, columns=names)
+            tables = (pa.Table.from_batches([batch]) for batch in batches)
+        start = 1
+        while (table := next(tables, None)) is not None:
+            lines = range(start, start := start + table.num_rows)
+            yield _Part({name: table.column(name) for name in wanted}, lines, {})
     except (pa.ArrowException, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable parquet file ({first_line}); write it again") from None
-    wanted = names if names is not None else list(dict.fromkeys(present))
-    return {name: table.column(name) for name in wanted}, range(1, table.num_rows + 1), {}
 
 
-def _jsonl(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str, Any], list[int], dict]:
+def _jsonl(path: str, file: BinaryIO, names: list[str] | None, num_rows: int | None) -> Generator[_Part]:
     records: list[dict] = []
     lines: list[int] = []
     bad: dict[int, tuple[str, bytes]] = {}
+    present: dict[str, None] = {}
+    readable = unreadable = False
+
+    def part() -> _Part:
+        wanted = list(present) if names is None else names
+        return _Part({name: [record.get(name) for record in records] for name in wanted}, lines, bad)
+
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -127,24 +173,29 @@ def _jsonl(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str
             code = "invalid_utf8"
         except (ValueError, RecursionError):
             pass
-        if not isinstance(record, dict):
+        if len(records) == num_rows:
+            yield part()
+            records, lines, bad = [], [], {}
+        if isinstance(record, dict):
+            readable = True
+            present.update(dict.fromkeys(record))
+        else:
+            unreadable = True
             bad[len(records)] = (code, line)
             record = {}
         records.append(record)
         lines.append(number)
-    if bad and len(bad) == len(records):
+    if unreadable and not readable:
         raise UserError(
             f"{path} is not a readable jsonl file: no line is a JSON object in UTF-8; "
             "check source.format and how the file was saved"
         )
-    present = list(dict.fromkeys(key for record in records for key in record))
     if records:
-        _require(path, names, present)
-    wanted = present if names is None else names
-    return {name: [record.get(name) for record in records] for name in wanted}, lines, bad
+        _require(path, names, list(present))
+    yield part()
 
 
-def _csv(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str, Any], list[int], dict]:
+def _csv(path: str, file: BinaryIO, names: list[str] | None, num_rows: int | None) -> Generator[_Part]:
     # Python's csv, for its line numbers and quoted newlines; bytes that are not UTF-8 survive as surrogates.
     stream = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     undecodable: set[int] = set()
@@ -160,6 +211,8 @@ def _csv(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str, 
         if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
             raise UserError(f"{path} separates its columns by {other!r}; save it as a csv file with commas")
         _require(path, names, header)
+        wanted = names if names is not None else list(dict.fromkeys(header))
+        places = {name: header.index(name) for name in wanted}
         before = reader.line_num
         for row in reader:
             first, before = before + 1, reader.line_num
@@ -170,6 +223,10 @@ def _csv(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str, 
                 code = "invalid_utf8"
             elif len(row) != len(header):
                 code = "malformed"
+            undecodable.clear()
+            if len(rows) == num_rows:
+                yield _Part({name: [row[place] for row in rows] for name, place in places.items()}, lines, bad)
+                rows, lines, bad = [], [], {}
             if code:
                 bad[len(rows)] = (code, "\x1f".join(row).encode("utf-8", "surrogateescape"))
                 row = [None] * len(header)
@@ -179,9 +236,7 @@ def _csv(path: str, file: BinaryIO, names: list[str] | None) -> tuple[dict[str, 
         raise UserError(f"{path} is not a readable csv file (line {reader.line_num}: {error}); mend it there") from None
     finally:
         stream.detach()
-    wanted = names if names is not None else list(dict.fromkeys(header))
-    places = {name: header.index(name) for name in wanted}
-    return {name: [row[place] for row in rows] for name, place in places.items()}, lines, bad
+    yield _Part({name: [row[place] for row in rows] for name, place in places.items()}, lines, bad)
 
 
 def _watched(stream: io.TextIOWrapper, undecodable: set[int]) -> Iterator[str]:
@@ -213,10 +268,21 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _decoded(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """Text or bytes as valid text (null where it is not UTF-8), and where it is not. Parquet itself does not check."""
+    if values.type == pa.string() and all(map(_is_ascii, values.chunks)):
+        return values, _constant(False, len(values))
     try:
         return values.cast(pa.binary()).cast(pa.string()), _constant(False, len(values))
     except pa.ArrowInvalid:
         return _encodable([_or_none(value) for value in values.cast(pa.binary()).to_pylist()])
+
+
+def _is_ascii(values: pa.StringArray) -> bool:
+    _, offsets, data = values.buffers()
+    if not len(values) or data is None:
+        return True
+    ends = np.frombuffer(offsets, dtype=np.int32)[values.offset : values.offset + len(values) + 1]
+    content = np.frombuffer(data, dtype=np.uint8)[ends[0] : ends[-1]]
+    return not len(content) or content.max() < 0x80
 
 
 def _or_none(content: bytes | None) -> str | None:

@@ -2,17 +2,23 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer
+import pyarrow.compute as pc
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from data_contracts.contract import TaskContract
 from pipeline.data.prompts import rendered
+from pipeline.files import sha256_text
 
-# Texts given to the tokenizer at once: it works on them in parallel, and their encodings are held in memory together.
+# Texts given to the tokenizer at once: it works on them on all cores, in threads of its own (RAYON_NUM_THREADS limits
+# them, TOKENIZERS_PARALLELISM=false forbids them), and their encodings are held in memory together: long texts are
+# given in smaller batches.
 _BATCH = 4096
+_BATCH_CHARACTERS = 1 << 22
 
 
 def text_tokenizer(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> Tokenizer:
@@ -27,12 +33,27 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> Tokenizer:
     return copied
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> str:
+    """Digest of what the tokenizer does to a text."""
+    return sha256_text(text_tokenizer(tokenizer).to_str())
+
+
 class TokenCounter:
-    """Counts tokens of texts, as `text_tokenizer` reads them."""
+    """Tokens of texts and their numbers, as `text_tokenizer` reads them."""
 
     def __init__(self, tokenizer):
         """`tokenizer` is a Hugging Face fast tokenizer (it has `backend_tokenizer`) or a `tokenizers.Tokenizer`."""
         self._tokenizer = text_tokenizer(tokenizer)
+
+    def prompt_ids(self, texts: list[str]) -> pa.ChunkedArray:
+        """Token ids of each prompt (lists of int32), with the special tokens the tokenizer puts around a text."""
+        parts = [_ids(encodings) for encodings in self._encoded(texts, add_special_tokens=True)]
+        return pa.chunked_array(parts, pa.list_(pa.int32()))
+
+    def answer_ids(self, texts: list[str]) -> pa.ChunkedArray:
+        """Token ids of each answer (lists of int32), no special tokens."""
+        parts = [_ids(encodings) for encodings in self._encoded(texts, add_special_tokens=False)]
+        return pa.chunked_array(parts, pa.list_(pa.int32()))
 
     def prompts(self, texts: list[str]) -> np.ndarray:
         """Tokens of each prompt, with the special tokens the tokenizer puts around a text (such as a start token)."""
@@ -45,13 +66,21 @@ class TokenCounter:
         return np.array([count_of[text] for text in texts], dtype=np.int64)
 
     def _count(self, texts: list[str], add_special_tokens: bool) -> np.ndarray:
-        lengths: list[int] = []
-        for start in range(0, len(texts), _BATCH):
-            encodings = self._tokenizer.encode_batch_fast(
-                texts[start : start + _BATCH], add_special_tokens=add_special_tokens
-            )
-            lengths.extend(map(len, encodings))
-        return np.array(lengths, dtype=np.int64)
+        encoded = chain.from_iterable(self._encoded(texts, add_special_tokens))
+        return np.fromiter(map(len, encoded), dtype=np.int64, count=len(texts))
+
+    def _encoded(self, texts: list[str], add_special_tokens: bool) -> Iterable[list[Encoding]]:
+        fitting = len(texts) * _BATCH_CHARACTERS // max(1, sum(map(len, texts)))
+        size = min(_BATCH, max(1, fitting))
+        for start in range(0, len(texts), size):
+            yield self._tokenizer.encode_batch_fast(texts[start : start + size], add_special_tokens=add_special_tokens)
+
+
+def _ids(encodings: list[Encoding]) -> pa.ListArray:
+    offsets = np.zeros(len(encodings) + 1, dtype=np.int32)
+    offsets[1:] = np.cumsum([len(encoding) for encoding in encodings])
+    flat = chain.from_iterable(encoding.ids for encoding in encodings)
+    return pa.ListArray.from_arrays(offsets, np.fromiter(flat, dtype=np.int32, count=offsets[-1]))
 
 
 @dataclass(frozen=True)
@@ -59,6 +88,7 @@ class Fitted:
     """Rows after the token limits, one entry per row asked about."""
 
     prompts: list[str]  # cut where needed
+    prompt_ids: pa.ChunkedArray  # token ids of the prompts, lists of int32
     tokens: np.ndarray  # prompt + answer + end of answer
     fits: np.ndarray  # bool
     cut: np.ndarray  # bool
@@ -74,7 +104,8 @@ def fit(contract: TaskContract, table: pa.Table, answer_texts: list[str], counte
     limits = contract.limits
     prompts = rendered(contract.prompt, table).to_pylist()
     answer_tokens = counter.answers(answer_texts)
-    tokens = counter.prompts(prompts) + answer_tokens + 1
+    prompt_ids = counter.prompt_ids(prompts)
+    tokens = pc.list_value_length(prompt_ids).to_numpy().astype(np.int64) + answer_tokens + 1
     answer_fits = answer_tokens <= limits.max_answer_tokens
     fits = (tokens <= limits.max_tokens) & answer_fits
     cut = np.zeros(len(prompts), dtype=bool)
@@ -83,7 +114,12 @@ def fit(contract: TaskContract, table: pa.Table, answer_texts: list[str], counte
         for row, prompt, length in _cut(contract, table, rows, limits.max_tokens - 1 - answer_tokens, counter):
             prompts[row], tokens[row] = prompt, length + answer_tokens[row] + 1
             fits[row] = cut[row] = True
-    return Fitted(prompts, tokens, fits, cut)
+        if len(rows := np.flatnonzero(cut)):
+            shorter = counter.prompt_ids([prompts[row] for row in rows])
+            source = np.arange(len(prompts))
+            source[rows] = len(prompts) + np.arange(len(rows))
+            prompt_ids = pa.chunked_array(prompt_ids.chunks + shorter.chunks).take(pa.array(source))
+    return Fitted(prompts, prompt_ids, tokens, fits, cut)
 
 
 def _cut(

@@ -22,12 +22,23 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
 from data_contracts import TaskContract
+from data_contracts.readers import BATCH_ROWS
 from pipeline.data.batching import select_rows
 from pipeline.data.ingest import CleanTask
-from pipeline.data.token_limits import text_tokenizer
+from pipeline.data.token_limits import TokenCounter, text_tokenizer, tokenizer_digest
 from pipeline.files import canonical_json, sha256_text, write_atomic
 
 SHARD_FORMAT = 1
+_SHARD = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("label", pa.int32()),
+        ("reference", pa.string()),
+        ("text", pa.string()),
+    ]
+)
 datasets.disable_progress_bars()  # rank 0 prints one line a stage instead
 SPLITS = ("train", "validation", "test")
 
@@ -85,11 +96,6 @@ def shard_digest(contract_digest: str, file_digests: dict[str, str], tokenizer_d
     )
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Digest of what the tokenizer does to a text."""
-    return sha256_text(text_tokenizer(tokenizer).to_str())
-
-
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of prompts, with the beginning-of-sequence token where the tokenizer adds one, never an end token."""
     encoded = [encoding.ids for encoding in text_tokenizer(tokenizer).encode_batch_fast(texts)]
@@ -103,23 +109,29 @@ def answer_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[
 
 
 def write_shards(clean: CleanTask, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Tokenise a clean task into `folder`, which appears whole or not at all."""
+    """Write a clean task's tokens into `folder`, which appears whole or not at all; rows pass in batches.
+
+    Prompts are tokenised here only if `clean` was not made with this tokenizer.
+    """
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    labels = list(clean.contract.labels or {})
     texts = list((clean.contract.labels or {}).values())
+    counter = TokenCounter(tokenizer)
+    tokenised = clean.tokenizer_digest == tokenizer_digest(tokenizer)
     try:
+        beside.mkdir(parents=True)
         for split, table in clean.splits.items():
-            references = table["answer"].to_pylist()
-            answers = [clean.contract.labels[name] for name in references] if labels else references
-            columns = {
-                "row_id": table["row_id"],
-                "prompt_ids": pa.array(prompt_tokens(tokenizer, table["prompt"].to_pylist()), pa.list_(pa.int32())),
-                "answer_ids": pa.array(answer_tokens(tokenizer, answers), pa.list_(pa.int32())),
-                "label": pa.array([labels.index(name) if labels else -1 for name in references], pa.int32()),
-                "reference": table["answer"],
-                "text": table["text"],
-            }
-            datasets.Dataset(pa.table(columns)).save_to_disk(str(beside / split))
+            unfinished = beside / f"{split}.arrow"
+            with pa.ipc.new_stream(str(unfinished), _SHARD) as stream:
+                start = 0
+                for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+                    if tokenised:
+                        prompt_ids = clean.prompt_ids[split].slice(start, batch.num_rows)
+                    else:
+                        prompt_ids = counter.prompt_ids(batch["prompt"].to_pylist())
+                    start += batch.num_rows
+                    stream.write_table(_shard_rows(clean.contract, batch, prompt_ids, counter, tokenizer.eos_token_id))
+            datasets.Dataset.from_file(str(unfinished)).save_to_disk(str(beside / split))
+            unfinished.unlink()
         meta = {
             "label_ids": answer_tokens(tokenizer, texts) if texts else [],
             "end_of_answer": tokenizer.eos_token_id,
@@ -135,6 +147,32 @@ def write_shards(clean: CleanTask, tokenizer: PreTrainedTokenizerFast, folder: P
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def _shard_rows(
+    contract: TaskContract, rows: pa.RecordBatch, prompt_ids: pa.ChunkedArray, counter: TokenCounter, end: int | None
+) -> pa.Table:
+    if contract.labels is None:
+        label = pa.array(np.full(rows.num_rows, -1, dtype=np.int32))
+        answer_ids = counter.answer_ids(rows["answer"].to_pylist())
+    else:
+        label = pc.index_in(rows["answer"], value_set=pa.array(list(contract.labels), pa.string()))
+        if label.null_count:
+            raise KeyError(rows["answer"].filter(pc.is_null(label))[0].as_py())
+        answer_ids = counter.answer_ids(list(contract.labels.values())).take(label)
+    prompts = _without_end(prompt_ids, end)
+    return pa.table([rows["row_id"], prompts, answer_ids, label, rows["answer"], rows["text"]], schema=_SHARD)
+
+
+def _without_end(prompt_ids: pa.ChunkedArray, end: int | None) -> pa.ListArray:
+    """The ids without the end token some tokenizers put behind a text: the answer follows there."""
+    lists = prompt_ids.combine_chunks()
+    flat, lengths = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+    last = np.cumsum(lengths) - 1
+    ended = lengths > 0
+    ended[ended] = flat[last[ended]] == end
+    offsets = np.concatenate([[0], np.cumsum(lengths - ended)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), np.delete(flat, last[ended]))
 
 
 def open_shards(contract: TaskContract, folder: Path) -> PreparedTask:

@@ -127,3 +127,20 @@ def test_padding_and_truncation_of_the_tokenizer_do_not_change_a_count(limited):
     assert counter.prompts(["abc", ""]).tolist() == [4, 1], "a prompt has the special tokens of its tokenizer"
     assert counter.answers(["abc", "d", "abc"]).tolist() == [3, 1, 3], "an answer has none"
     assert counter.prompts([]).tolist() == []
+
+
+@pytest.mark.parametrize(("rows", "characters"), [(4096, 1 << 22), (3, 1 << 22), (4096, 25), (4096, 1)])
+def test_batches_do_not_change_ids_or_counts(monkeypatch, rows, characters):
+    monkeypatch.setattr("pipeline.data.token_limits._BATCH", rows)
+    monkeypatch.setattr("pipeline.data.token_limits._BATCH_CHARACTERS", characters)
+    made = tokenizer()
+    made.add_tokens(list("abc"))
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    texts = ["abc", "", "c", "a" * 40, "b?", "abcabc", ""] * 2
+    ids = [[{"?": 0, "a": 2, "b": 3, "c": 4}[letter] for letter in text] for text in texts]
+    counter = TokenCounter(made)
+    assert counter.answer_ids(texts).to_pylist() == ids
+    assert counter.prompt_ids(texts).to_pylist() == [[1, *own] for own in ids]
+    assert counter.prompts(texts).tolist() == [1 + len(own) for own in ids]
+    assert counter.answers(texts).tolist() == list(map(len, ids))
+    assert counter.prompt_ids([]).to_pylist() == []

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_contracts import load_contract
 from pipeline.data.ingest import ingest
+from pipeline.data.token_limits import TokenCounter
 from pipeline.data.tokens import (
     answer_tokens,
     open_shards,
@@ -67,6 +68,53 @@ def test_every_row_is_stored_with_its_own_tokens(clean, prepared, tokenizer, nam
         assert view.column("text") == table["text"].to_pylist()
     assert task.end_of_answer == tokenizer.eos_token_id
     assert task.data_digests == clean[name].data_digests
+
+
+def no_tokens(*_) -> None:
+    raise AssertionError("tokenised again")
+
+
+@pytest.mark.parametrize("template", [None, "<|start|> $A <|end|>", "$A <|end|>"])
+@pytest.mark.parametrize("name", ["first", "copying"])
+def test_prompts_tokenised_by_the_checks_are_stored_and_not_tokenised_again(
+    data_root, tmp_path, monkeypatch, name, template
+):
+    used = build_tokenizer() if template is None else with_special_tokens(build_tokenizer(), template)
+    contract = load_contract(data_root / f"{name}.yaml")
+    other = with_special_tokens(build_tokenizer(), "<|start|> <|start|> $A")
+    for made_with, folder in ((used, "kept"), (None, "none"), (other, "other")):
+        task = ingest(contract, [str(data_root)], tokenizer=made_with)
+        with monkeypatch.context() as patch:
+            if made_with is used:
+                patch.setattr(TokenCounter, "prompt_ids", no_tokens)
+            write_shards(task, used, tmp_path / folder)
+        opened = open_shards(contract, tmp_path / folder)
+        for split, table in task.splits.items():
+            expected = [used(text)["input_ids"] for text in table["prompt"].to_pylist()]
+            expected = [ids[:-1] if ids[-1] == used.eos_token_id else ids for ids in expected]
+            assert opened.rows(split, None, 0).tokens(range(len(expected)))[0] == expected
+
+
+def test_a_prompt_that_was_cut_is_stored_as_it_was_cut(tmp_path, tokenizer):
+    limits = {"max_tokens": 30, "too_long": "truncate", "max_rejected_fraction": 1.0}
+    path = make_task(tmp_path, "cut", limits=limits | {"min_rows": {"train": 1, "validation": 1, "test": 1}})
+    task = ingest(load_contract(path), [str(tmp_path)], tokenizer=tokenizer)
+    counts = task.verdict.splits["train"]
+    assert 0 < counts.truncated < counts.kept
+    write_shards(task, tokenizer, tmp_path / "digest")
+    stored = open_shards(task.contract, tmp_path / "digest").splits["train"]["prompt_ids"]
+    assert list(stored) == [tokenizer.encode(text) for text in task.splits["train"]["prompt"].to_pylist()]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7])
+def test_batches_of_rows_do_not_change_a_shard(clean, prepared, tokenizer, tmp_path, monkeypatch, batch_rows):
+    monkeypatch.setattr("pipeline.data.tokens.BATCH_ROWS", batch_rows)
+    for name, task in clean.items():
+        write_shards(task, tokenizer, tmp_path / name)
+        opened = open_shards(task.contract, tmp_path / name)
+        for split in task.splits:
+            assert opened.splits[split].to_dict() == prepared[name].splits[split].to_dict()
+            assert opened.splits[split].features == prepared[name].splits[split].features
 
 
 def test_labels_are_stored_in_the_contracts_order(prepared, tokenizer):

@@ -5,7 +5,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from data_contracts.checks import broken, check_values, column_of, counts, mark, no_reasons, repeats, shared_with
+from data_contracts.checks import broken, check_values, column_of, counts, mark, no_reasons
 from data_contracts.contract import Rule, TaskContract
 
 
@@ -69,6 +69,30 @@ def test_rules_by_hand(check, value, values, expected):
     assert broken(rule, column_of(values)).to_pylist() == [bool(flag) for flag in expected]
 
 
+def test_lengths_are_characters_however_many_bytes_each_of_them_takes():
+    draw = random.Random(5)
+    texts = ["".join(draw.choices("aé日\U0001f600", k=draw.randint(0, 12))) for _ in range(500)] + ["", None]
+    for number in range(13):
+        for check, broken_at in (("min_length", int.__lt__), ("max_length", int.__gt__)):
+            rule = Rule(column="c", check=check, value=number)
+            expected = [text is None or broken_at(len(text), number) for text in texts]
+            assert broken(rule, column_of(texts)).to_pylist() == expected
+            chunked = pa.chunked_array([texts[:200], [], texts[200:]], pa.string())
+            assert broken(rule, chunked).to_pylist() == expected
+    for number in (2**29, 2**31, 2**40):
+        assert broken(Rule(column="c", check="max_length", value=number), column_of(["a"])).to_pylist() == [False]
+        assert broken(Rule(column="c", check="min_length", value=number), column_of(["a"])).to_pylist() == [True]
+
+
+def test_a_row_keeps_the_first_of_its_reasons():
+    reasons = column_of(["wrong_type", None, None, None])
+    reasons = mark(reasons, column_of([True, True, None, False], pa.bool_()), "null")
+    assert reasons.to_pylist() == ["wrong_type", "null", None, None]
+    reasons = mark(reasons, column_of([True, True, True, False], pa.bool_()), "leak")
+    assert reasons.to_pylist() == ["wrong_type", "null", "leak", None]
+    assert mark(reasons, column_of([True, False, True, False], pa.bool_()), "x").equals(reasons)
+
+
 def test_a_regular_expression_that_hangs_other_engines_is_answered_at_once():
     rule = Rule(column="c", check="regex", value="^(a+)+$")
     assert broken(rule, column_of(["a" * 50_000 + "b"])).to_pylist() == [True]
@@ -85,26 +109,15 @@ def test_a_rule_rejects_or_warns_as_its_severity_says():
     assert {code: hit.to_pylist() for code, hit in warned.items()} == {"rule:max_length:text": [False, False, True]}
 
 
-def test_of_equal_values_the_first_kept_one_wins():
-    values = column_of(["a", "b", "a", "a", None, None, "b"])
-    reasons = column_of(["null", None, None, None, None, "null", "null"])
-    assert repeats(values, reasons).to_pylist() == [False, False, False, True, False, False, False]
-    assert repeats(column_of([]), no_reasons(0)).to_pylist() == []
-
-
-def test_a_text_is_shared_only_with_a_kept_row():
-    shared = shared_with(
-        column_of(["a", "b", "c"]),
-        column_of([None, None, "null"]),
-        column_of(["a", "b", "c"]),
-        column_of([None, "x", None]),
+def test_a_text_is_empty_exactly_where_python_strips_all_of_it():
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
+    texts = ["", *characters]
+    table = pa.table(
+        {"id": ["1"] * len(texts), "title": ["t"] * len(texts), "text": texts, "label": ["bad"] * len(texts)}
     )
-    assert shared.to_pylist() == [True, False, False]
-
-
-def test_chunks_of_a_column_do_not_change_the_answer():
-    chunked = pa.chunked_array([["a"], [], ["b", "a"], ["b", "c"]], pa.string())
-    assert repeats(chunked, no_reasons(5)).to_pylist() == [False, False, True, True, False]
+    reasons, _ = check_values(contract(), table, no_reasons(len(texts)))
+    empty = [text for text, reason in zip(texts, reasons.to_pylist(), strict=True) if reason == "empty_text"]
+    assert empty == [text for text in texts if not text.strip()]
 
 
 def test_random_rows_get_the_reasons_of_a_row_by_row_reading():

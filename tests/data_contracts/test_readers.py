@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts import UserError
-from data_contracts.readers import read_records
+from data_contracts.readers import as_text, read_batches, read_records
 
 ROLES = {"id": "key", "text": "text", "label": "key"}
 
@@ -102,6 +102,19 @@ def test_parquet_text_that_is_not_utf8_is_marked(tmp_path):
     assert reasons == [None, "invalid_utf8", None]
 
 
+def test_bytes_beyond_ascii_are_found_wherever_a_batch_begins(tmp_path):
+    file = tmp_path / "a.parquet"
+    values = [b"plain", b"\xc3\xa9", b"", b"\xff", b"plain", None, b"\xe9", b"plain"]
+    pq.write_table(pa.table({"text": pa.array(values, pa.binary()).view(pa.string())}), file)
+    expected = ["plain", "é", "", None, "plain", None, None, "plain"]
+    for num_rows in range(1, 9):
+        (rows, _, reasons, _), _ = in_batches(file, "parquet", num_rows, {"text": "text"})
+        assert [row["text"] for row in rows] == expected
+        assert reasons == [None, None, None, "invalid_utf8", None, None, "invalid_utf8", None]
+    column = pa.chunked_array([pa.array(values, pa.binary()).view(pa.string()).slice(4, 2)])
+    assert as_text(column, "text")[0].to_pylist() == ["plain", None]
+
+
 def test_mixed_json_values_are_written_as_a_table_would_write_them(tmp_path):
     file = tmp_path / "a.jsonl"
     values = [1, "1", True, 2.0, 2.5, None, {"a": 1}]
@@ -144,3 +157,83 @@ def test_a_csv_cell_longer_than_the_libraries_default_is_read(tmp_path):
     file.write_text("text\n" + "x" * 200_000 + "\n")
     rows, _, _ = read(file, "csv", {"text": "text"})
     assert len(rows[0]["text"]) == 200_000
+
+
+def in_batches(path, file_format, num_rows, roles=ROLES):
+    """All batches joined, and their sizes."""
+    batches = list(read_batches(str(path), file_format, roles, num_rows))
+    rows = [row for batch in batches for row in batch.table.to_pylist()]
+    lines = [line for batch in batches for line in batch.lines.tolist()]
+    reasons = [reason for batch in batches for reason in batch.reasons.to_pylist()]
+    sizes = [len(batch.lines) for batch in batches]
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    unreadable = {
+        start + row: digest
+        for start, batch in zip(starts, batches, strict=True)
+        for row, digest in batch.unreadable.items()
+    }
+    return (rows, lines, reasons, unreadable), sizes
+
+
+MIXED = {
+    "csv": [
+        b"id,text,label",
+        b"1,caf\xe9,x",
+        b"2,good,y",
+        b"",
+        b"3,one,too,many",
+        b"4,short",
+        b'5,"bad \xff',
+        b'quoted",z',
+        b'6,"fine',
+        b'",z',
+        b"7,a,b",
+    ],
+    "jsonl": [
+        b'\xef\xbb\xbf{"id": 1, "text": "a", "label": "x"}',
+        b"",
+        b'{"id": 2, "text": "caf\xe9", "label": "x"}',
+        b'{"id": 3',
+        b'{"id": "4", "text": "lone \\ud800", "label": true}',
+        b'{"id": 5, "label": "x"}',
+        b'{"id": [1], "text": 7, "label": "x"}',
+    ],
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_a_file_read_in_batches_is_the_file_read_at_once(tmp_path, file_format, num_rows):
+    file = tmp_path / f"a.{file_format}"
+    if file_format == "parquet":
+        broken = pa.array([b"good", b"caf\xe9", None, b"a", b"b", b"c", b"d"], pa.binary()).view(pa.string())
+        labels = pa.array(list("xyxyxyz")).dictionary_encode()
+        pq.write_table(pa.table({"id": range(7), "text": broken, "label": labels}), file, row_group_size=4)
+    else:
+        file.write_bytes(b"\n".join(MIXED[file_format]))
+    whole = read_records(str(file), file_format, ROLES)
+    expected = (*read(file, file_format), whole.unreadable)
+    found, sizes = in_batches(file, file_format, num_rows)
+    assert found == expected
+    assert max(sizes) <= num_rows and sum(sizes) == len(whole.lines) and (num_rows < 100 or len(sizes) <= 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", b"id,text,label\n"), ("a.jsonl", b""), ("a.jsonl", b"\n \n")],
+)
+def test_a_file_without_rows_is_one_empty_batch(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert in_batches(file, file.suffix[1:], 2) == (([], [], [], {}), [0])
+
+
+def test_a_fault_late_in_the_file_is_named_after_the_rows_before_it(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'id,text,label\n1,a,x\n2,b,x\n3,"never closed,x\n')
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": 1, "label": "x"}\n' * 3)
+    (tmp_path / "b.jsonl").write_bytes(b"broken\n" * 3)
+    for name, said in (("a.csv", "line 4"), ("a.jsonl", "no column 'text'"), ("b.jsonl", "not a readable jsonl")):
+        batches = read_batches(str(tmp_path / name), name[2:], ROLES, 1)
+        assert len(next(batches).lines) == 1
+        with pytest.raises(UserError, match=said):
+            list(batches)
