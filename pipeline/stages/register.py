@@ -3,7 +3,7 @@
 import io
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ class Context:
     run_id: str
     started: str  # ISO time
     user: str
+    startup: dict[str, Any] = field(
+        default_factory=dict
+    )  # `StartClock.record` where a launch began with this increment
 
 
 def register(
@@ -142,6 +145,7 @@ def run_record(job: Job, trained: Trained, context: Context) -> dict[str, Any]:
         "continuations": trained.continuations,
         "inputs_key": context.inputs_key,
         "mlflow_run_id": context.run_id,
+        "startup": context.startup,
     }
 
 
