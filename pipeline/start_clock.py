@@ -31,8 +31,8 @@ class StartClock:
         return f"first step done {sum(self.phases.values()):.1f} s after the process began: {parts}"
 
     def record(self) -> dict[str, object]:
-        """What run.json keeps: `began` (Unix time) and `phases` (seconds, by name)."""
-        return {"began": self.began, "phases": dict(self.phases)}
+        """What run.json keeps: `began` (Unix time) and `phases`: [name, seconds] in their order."""
+        return {"began": self.began, "phases": [list(phase) for phase in self.phases.items()]}
 
 
 def process_began() -> float:
