@@ -31,7 +31,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Context, register
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
-from pipeline.start_clock import StartClock
+from pipeline.startup import StartClock
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker

@@ -12,7 +12,7 @@ from pipeline.files import canonical_json, sha256_text
 from pipeline.methods.protocol import Bundle, Method
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
-from pipeline.start_clock import StartClock
+from pipeline.startup import StartClock
 from pipeline.tensor_files import TensorFile
 
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.tokens import PreparedTask
-from pipeline.evaluation.plots import heat_map
 from pipeline.files import canonical_json, sha256_file, write_atomic
 from pipeline.methods.protocol import Increment
 from pipeline.stages.evaluate import Evaluated
@@ -114,6 +113,8 @@ def stage_files(
     )
     for task, table in evaluated.predictions.items():
         write_atomic(folder / "predictions" / f"{task}.parquet", parquet_bytes(table))
+    from pipeline.evaluation.plots import heat_map  # matplotlib: rank 0 alone draws, once an increment is learned
+
     learned = [(m.task, m.row) for m in reversed(context.chain) if m.verdict == "promoted"]
     tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)])
     title = f"{job.config.stream}: {job.config.method['name']} after increment {increment.number}"
