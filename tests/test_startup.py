@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from pipeline.startup import StartClock, imports_without_collections, process_began
 
+ROOT = Path(__file__).resolve().parents[1]
 # what learning a first step needs none of; rank 0 or the end of an increment does
 LATE = ("sklearn", "matplotlib", "nltk", "rouge_score", "rich")
 
@@ -17,7 +19,7 @@ LATE = ("sklearn", "matplotlib", "nltk", "rouge_score", "rich")
 def test_a_process_began_when_it_was_started():
     before = time.time()
     code = "from pipeline.startup import process_began; print(process_began())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert before - 0.05 <= float(done.stdout) <= time.time()
     assert process_began() < before
 
@@ -50,5 +52,5 @@ def test_garbage_is_not_collected_while_packages_are_imported_and_is_again_after
 
 def test_a_start_imports_nothing_that_only_the_end_of_an_increment_needs():
     code = f"import sys, json, pipeline.continual; print(json.dumps([m for m in {LATE} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout.splitlines()[-1]) == []
