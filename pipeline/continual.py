@@ -31,6 +31,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Context, register
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
+from pipeline.startup import StartClock
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker
@@ -46,20 +47,27 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
 
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
+    clock = StartClock()
+    clock.passed("imports")
     method = build_method(config)
     check_before_loading(config, method.plan)
     tokenizer = load_tokenizer(config.backbone)
+    clock.passed("checks")
     world = start_world()
+    clock.passed("process group")
     check_world(config, world)
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
     chain = world.on_main(lambda: open_work_dir(work_dir))
     backbone = world.on_main(lambda: backbone_record(config))
     check_same_model(config, backbone, chain)
+    clock.passed("chain and digests")
     prepared = prepare_tasks(config, tokenizer, world, chain, until)
-    learner = build_learner(config, method.plan, world, train=True)
-    job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {})
+    clock.passed("prepare")
+    learner = build_learner(config, method.plan, world, train=True, passed=clock.passed)
+    job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {}, clock)
     tracker = open_tracker(config, world, chain)
+    clock.passed("tracking")
     if world.is_main:
         print_start(config, world, learner, prepared, chain)
     code = EXIT_DONE
@@ -117,7 +125,13 @@ def learn(
             context = {"train": "training", "validation": "validation", "test": "testing"}[split]
             tracker.log_inputs(split, digest, len(task.splits[split]), list(task.files), context)
 
+    startup: dict[str, Any] = {}
+
     def log(step: StepLog) -> None:
+        if job.clock.running:
+            job.clock.stop(step.seconds)
+            startup.update(job.clock.record())
+            say(world, job.clock.line())
         if tracker is not None and (step.step % 5 == 0 or step.step == 1):
             tracker.log_metrics(step.step, step_metrics(step))
 
@@ -127,7 +141,7 @@ def learn(
     evaluated = evaluate(job, increment, measurable(prepared, task, chain, job.learning_digest), trained)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(job.config.gate, task.task, evaluated.row, champion_row(chain))
-    context = Context(chain, backbone, key, run_id, started, getpass.getuser())
+    context = Context(chain, backbone, key, run_id, started, getpass.getuser(), startup)
     manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))
     if tracker is not None:
         shutil.rmtree(job.inflight, ignore_errors=True)

@@ -107,6 +107,10 @@ def start_world(timeout_seconds: int = 1800) -> World:
     accelerator = get_accelerator()
     # DeepSpeed would compile a shared-memory op for CPU ranks; training is the same to the bit without it
     __compatible_ops__["deepspeed_shm_comm"] = False
+    if hasattr(torch.compiler, "set_default_backend"):  # from torch 2.13
+        # DeepSpeed decorates its Muon optimizer with torch.compile in every process, which imports all of Inductor;
+        # nothing of this pipeline is compiled
+        torch.compiler.set_default_backend("eager")
     if accelerator.device_name() == "cpu":
         keep_freed_memory()
     else:

@@ -1,6 +1,6 @@
 """What the stages of a job share: configuration, world, model, bank, tracker. Built once, handed to every stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from pipeline.files import canonical_json, sha256_text
 from pipeline.methods.protocol import Bundle, Method
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
+from pipeline.startup import StartClock
 from pipeline.tensor_files import TensorFile
 
 
@@ -27,6 +28,7 @@ class Job:
     learner: Learner
     bank: Bank
     loaded: Bundle
+    clock: StartClock = field(default_factory=StartClock)
 
     @property
     def inflight(self) -> Path:

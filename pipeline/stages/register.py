@@ -3,7 +3,7 @@
 import io
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.tokens import PreparedTask
-from pipeline.evaluation.plots import heat_map
 from pipeline.files import canonical_json, sha256_file, write_atomic
 from pipeline.methods.protocol import Increment
 from pipeline.stages.evaluate import Evaluated
@@ -35,6 +34,9 @@ class Context:
     run_id: str
     started: str  # ISO time
     user: str
+    startup: dict[str, Any] = field(
+        default_factory=dict
+    )  # `StartClock.record` where a launch began with this increment
 
 
 def register(
@@ -111,6 +113,8 @@ def stage_files(
     )
     for task, table in evaluated.predictions.items():
         write_atomic(folder / "predictions" / f"{task}.parquet", parquet_bytes(table))
+    from pipeline.evaluation.plots import heat_map  # matplotlib: rank 0 alone draws, once an increment is learned
+
     learned = [(m.task, m.row) for m in reversed(context.chain) if m.verdict == "promoted"]
     tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)])
     title = f"{job.config.stream}: {job.config.method['name']} after increment {increment.number}"
@@ -142,6 +146,7 @@ def run_record(job: Job, trained: Trained, context: Context) -> dict[str, Any]:
         "continuations": trained.continuations,
         "inputs_key": context.inputs_key,
         "mlflow_run_id": context.run_id,
+        "startup": context.startup,
     }
 
 

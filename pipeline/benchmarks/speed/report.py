@@ -19,6 +19,10 @@ def as_table(report: dict[str, Any]) -> str:
         lines += ["", name, *_aligned(_contenders(case))]
         if case["ratios"]:
             lines += _aligned([("ratio", "median", "quartiles"), *map(_ratio, case["ratios"].items())])
+        if "phases" in case:
+            lines += _aligned(_phases(case["phases"]))
+        if "imports" in case:
+            lines += _aligned([("imports by package", ""), *((n, f"{s:.2f}") for n, s in case["imports"].items())])
     return "\n".join(lines)
 
 
@@ -64,6 +68,15 @@ def _contenders(case: dict[str, Any]) -> list[tuple[str, ...]]:
         lines.append((name, f"{seconds['median']:.4g}", f"{low:.4g} to {high:.4g}", *cells))
     kept = [place for place in range(len(lines[0])) if any(line[place] for line in lines[1:])]
     return [tuple(line[place] for place in kept) for line in lines]
+
+
+def _phases(phases: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line a phase, a column a contender: median seconds."""
+    names = list(dict.fromkeys(name for own in phases.values() for name in own))
+    lines = [
+        (name, *(f"{own[name]['median']:.2f}" if name in own else "" for own in phases.values())) for name in names
+    ]
+    return [("phase", *phases), *lines]
 
 
 def _ratio(item: tuple[str, dict[str, Any]]) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from pipeline.benchmarks.speed.machine import describe_machine, describe_softwar
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.report import draw
 from pipeline.benchmarks.speed.scoring import measure_evaluation
+from pipeline.benchmarks.speed.startup import measure_startup
 from pipeline.benchmarks.speed.steps import measure_steps
 from pipeline.benchmarks.speed.tasks import label_names, most_labels, prepare_task, task_names
 from pipeline.benchmarks.speed.trainer import check_peer, measure_training
@@ -73,6 +74,9 @@ def measure(options: SpeedOptions, folder: Path, say: Callable[[str], None]) -> 
         shards.parent.mkdir(exist_ok=True)
         return prepare_task(options.data, task, tokenizer, options.max_tokens, shards), shards
 
+    if "startup" in options.cases:
+        say(f"startup: {tasks[0]}, {options.repeats} rounds of launches")
+        yield {"startup": measure_startup(options, tasks[0], folder / "startup")}
     if "trainer" in options.cases:
         for task in tasks:
             say(f"trainer: {task}, {options.repeats} rounds of {options.warmup} + {options.steps} steps")
