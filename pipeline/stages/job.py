@@ -1,6 +1,9 @@
 """What the stages of a job share: configuration, world, model, bank, tracker. Built once, handed to every stage."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +20,9 @@ from pipeline.tensor_files import TensorFile
 
 @dataclass
 class Job:
-    """The running job on this rank. `loaded` remembers which bank file fills which slots."""
+    """The running job on this rank. `loaded` remembers which bank file fills which slots, `seconds` what the parts of
+    the running increment took.
+    """
 
     config: StreamConfig
     world: World
@@ -27,6 +32,16 @@ class Job:
     learner: Learner
     bank: Bank
     loaded: Bundle
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the wall time of a block to a part of the running increment."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 
     @property
     def inflight(self) -> Path:
