@@ -27,7 +27,7 @@ from pipeline.placement.learner import build_learner, check_before_loading, chec
 from pipeline.report import final_report, print_start
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.gate import gate
-from pipeline.stages.job import Job
+from pipeline.stages.job import Job, leaving_no_garbage
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Context, register
 from pipeline.stages.train import train
@@ -75,7 +75,8 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
             if state == "rejected":
                 say(world, f"{task.task}: rejected before with these very inputs, not trained again")
             else:
-                manifest = learn(job, task, prepared, history, backbone, tracker, stop)
+                with leaving_no_garbage():
+                    manifest = learn(job, task, prepared, history, backbone, tracker, stop)
                 history.add(manifest)
                 state = manifest.verdict
             if state == "rejected":

@@ -5,7 +5,7 @@ from itertools import islice
 
 from pipeline.tracking.history import Entry
 
-SHOWN = 24  # tasks of a picture or a printed table; of longer streams the newest stand for all
+SHOWN = 20  # tasks of a picture or a printed table; of longer streams the newest stand for all
 
 
 def matrix_of(
