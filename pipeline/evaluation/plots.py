@@ -39,10 +39,10 @@ def heat_map(
     axes.set_xlabel("score on")
     axes.set_ylabel("after increment")
     axes.set_title(title)
-    axes.set_xticks([column - 0.5 for column in range(1, columns)], minor=True)
-    axes.set_yticks([row - 0.5 for row in range(1, rows)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0)
+    axes.vlines([column - 0.5 for column in range(1, columns)], -0.5, rows - 0.5, color="white", linewidth=2)
+    axes.hlines([row - 0.5 for row in range(1, rows)], -0.5, columns - 0.5, color="white", linewidth=2)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if max(rows, columns) <= _LARGEST_ANNOTATED:
         for row, values in enumerate(points):

@@ -20,7 +20,7 @@ class ScaleOptions:
     rows: int = 8  # training rows of a task; half as many each to validate and to test
     batch_size: int = 4  # rows of an optimizer step
     width: int = 32  # D of the backbone
-    layers: int = 2
+    layers: int = 1
     rank: int = 4  # of the LoRA experts
     mlflow: bool = True  # whether every increment is recorded in MLflow too
     work_dir: str | None = None  # where the increments go, kept afterwards; None: a temporary folder
