@@ -211,9 +211,7 @@ def prepare_only(config: StreamConfig, stages: Sequence[str]) -> int:
 
 
 def open_work_dir(work_dir: Path) -> History:
-    """Make the work_dir usable and read its chain. Raises UserError where it cannot be written or
-    read.
-    """
+    """Make the work_dir usable and read its chain. Raises UserError where it cannot be written or read."""
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         for marker in (FINISHED, STOPPED):
