@@ -67,6 +67,8 @@ class EvaluationConfig(Section):
 
     batch_tokens: int = Field(4096, ge=16)  # most tokens, padding included, of one forward pass on one rank
     baselines: tuple[Literal["zero_shot", "tfidf"], ...] = ()  # measured beside each new task, same rows
+    # most earlier tasks an increment scores again, drawn by seed and increment; the others stay pinned. null: all
+    earlier_tasks: int | None = Field(None, ge=0)
 
 
 class GateConfig(Section):

@@ -26,7 +26,7 @@ OPTIONS = """
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
     training.routed_learning_rate training.weight_decay training.warmup_fraction training.gradient_clipping
     training.save_every
-    evaluation.batch_tokens evaluation.baselines
+    evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
     method

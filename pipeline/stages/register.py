@@ -19,8 +19,9 @@ from pipeline.stages.gate import Verdict
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
 from pipeline.tracking.chain import publish
+from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
-from pipeline.tracking.matrix_rows import matrix_of
+from pipeline.tracking.matrix_rows import SHOWN, matrix_of, newest_rows
 from pipeline.tracking.versions import code_digest, library_versions
 
 
@@ -28,7 +29,7 @@ from pipeline.tracking.versions import code_digest, library_versions
 class Context:
     """What the record needs beside the results."""
 
-    chain: list[Manifest]  # newest first
+    history: History
     backbone: dict[str, str]  # digest, model_type, dtype
     inputs_key: str
     run_id: str
@@ -61,7 +62,7 @@ def register(
     manifest = Manifest(
         increment=increment.number,
         task=increment.task,
-        parent=context.chain[0].sha256 if context.chain else None,
+        parent=context.history.head_sha256,
         contract={
             "version": prepared.contract.version,
             "digest": prepared.contract.digest,
@@ -85,7 +86,8 @@ def register(
         versions=library_versions() | {"code": code_digest()},
     )
     write_atomic(staged / "run.json", canonical_json(run_record(job, trained, context)).encode())
-    publish(job.work_dir, staged, manifest)
+    with job.timed("publish"):
+        publish(job.work_dir, staged, manifest)
     return manifest
 
 
@@ -115,9 +117,11 @@ def stage_files(
         write_atomic(folder / "predictions" / f"{task}.parquet", parquet_bytes(table))
     from pipeline.evaluation.plots import heat_map  # matplotlib: rank 0 alone draws, once an increment is learned
 
-    learned = [(m.task, m.row) for m in reversed(context.chain) if m.verdict == "promoted"]
-    tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)])
+    learned = newest_rows(context.history.learned, SHOWN)
+    tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)][-SHOWN:])
     title = f"{job.config.stream}: {job.config.method['name']} after increment {increment.number}"
+    if (total := len({*increment.order, increment.task})) > len(tasks):
+        title += f", the newest {len(tasks)} of {total} tasks"
     heat_map(tasks, rows, folder / "report.png", title if verdict.promoted else f"{title} (rejected)", names)
 
 
@@ -144,6 +148,7 @@ def run_record(job: Job, trained: Trained, context: Context) -> dict[str, Any]:
         "device": str(job.world.device),
         "config": job.config.model_dump(mode="json"),
         "continuations": trained.continuations,
+        "seconds": {part: round(seconds, 3) for part, seconds in job.seconds.items()},  # as far as they are over
         "inputs_key": context.inputs_key,
         "mlflow_run_id": context.run_id,
         "startup": context.startup,

@@ -18,6 +18,7 @@ from pipeline.data.batching import global_batch, row_order
 from pipeline.data.tokens import open_shards
 from pipeline.experts.bank import Bank
 from pipeline.stages.validate import validate
+from pipeline.tracking.history import History
 from tests.distributed.learning import TASKS, increment_from
 from tests.distributed.oracle import Oracle, Run, Setting
 from tests.distributed.worlds import (
@@ -57,7 +58,7 @@ class Naive:
         tokenizer = load_tokenizer(self.config.backbone)
         self.rows = {}
         for path in self.config.tasks:
-            validated = validate(path, self.config, tokenizer, [])
+            validated = validate(path, self.config, tokenizer, History())
             task = open_shards(validated.contract, validated.shards)
             self.rows[task.task] = task.rows("train", None, self.config.seed)
         self.end = tokenizer.eos_token_id
