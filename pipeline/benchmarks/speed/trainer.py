@@ -24,7 +24,7 @@ PEER = "peft_trainer"
 CONTENDERS = ("sequential", "moe_cl", PEER)
 Notes = dict[str, list[dict[str, Any]]]  # contender -> what each of its runs left
 # what a process group left in the environment would make the child join it
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
 
 
 def check_peer() -> None:
@@ -70,7 +70,7 @@ def train_in_child(
 ) -> dict[str, Any]:
     """One training run in a new process; its note. Raises RuntimeError with the end of its output where it fails."""
     spec = write_spec(options, prepared, shards, contender, folder)
-    environment = {name: value for name, value in os.environ.items() if name not in _GROUP}
+    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.benchmarks.speed.trainer_child", str(spec)],
