@@ -60,6 +60,8 @@ class TrainingConfig(Section):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
     gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off
     save_every: int = Field(50, ge=1)  # steps between two in-flight states
+    # layers keep their input alone and are computed again in backward: less memory, longer steps (docs/SPEED.md)
+    activation_checkpointing: bool = False
 
 
 class EvaluationConfig(Section):
@@ -133,7 +135,7 @@ class StreamConfig(Section):
             "seed": self.seed,
             "method": self.method,
             "rows": self.rows.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude={"save_every"}),
+            "training": self.training.model_dump(mode="json", exclude={"save_every", "activation_checkpointing"}),
             "evaluation": self.evaluation.model_dump(mode="json"),
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
         }

@@ -22,6 +22,7 @@ from pipeline.backbones.families import PROJECTIONS, family_of
 from pipeline.backbones.load import load_config, skeleton
 from pipeline.config import StreamConfig
 from pipeline.experts.attach import Components, ExpertPlan, Experts, attach_experts, components_of
+from pipeline.experts.checkpointing import checkpoint_activations
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.linear import ExpertLinear
 from pipeline.experts.lora import targeted_projections
@@ -180,6 +181,8 @@ def build_learner(
     parameters, buffers = stock_tensors(backbone)
     experts = attach_experts(backbone, family, plan, parallel)
     components = components_of(experts)
+    if config.training.activation_checkpointing:
+        checkpoint_activations(backbone, family)
     checkpoint = Checkpoint(config.backbone.path, family, backbone.config)
     dtype = getattr(torch, config.backbone.dtype)
     materialise(parameters, buffers, checkpoint, world.device, dtype, settings if stage == 3 else None)

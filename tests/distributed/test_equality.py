@@ -201,6 +201,15 @@ def test_worlds_agree_with_each_other(worlds, number):
         assert difference < CHANGE and difference < 1 / FACTOR, f"{pair}: {whose}"
 
 
+def test_layers_computed_again_in_backward_learn_the_same_to_the_bit(worlds):
+    kept, again = (worlds.case("pair_b", name) for name in ("zero3-sharded", "zero3-recomputed"))
+    for kind in ("start", "gradient", "final"):
+        expected, found = kept.tensors(GOES_ON, kind), again.tensors(GOES_ON, kind)
+        assert expected.keys() == found.keys() and expected
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again.increment(GOES_ON)["steps"] == kept.increment(GOES_ON)["steps"]
+
+
 def test_every_expert_and_gate_moves(naive):
     for number in INCREMENTS:
         still = {name for name, value in naive.change(number).items() if not value.any()}

@@ -58,6 +58,8 @@ def _contenders(case: dict[str, Any]) -> list[tuple[str, ...]]:
         "tokens/s": lambda figures: _number(figures.get("tokens_per_second")),
         "GFLOP/s": lambda figures: _number(figures.get("flop_per_second"), 1e9),
         "of GEMM": lambda figures: f"{figures['share_of_gemm_rate']:.0%}" if "share_of_gemm_rate" in figures else "",
+        "gathered MB (planned)": lambda figures: _beside_plan(figures, "gather_bytes"),
+        "reduced MB (planned)": lambda figures: _beside_plan(figures, "reduce_bytes"),
         "peak MB": lambda figures: f"{figures['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in figures else "",
     }
     lines = [("", "seconds", "quartiles", *columns)]
@@ -91,6 +93,13 @@ def _number(rate: dict[str, Any] | None, unit: float = 1.0) -> str:
         return ""
     value = rate["median"] / unit
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _beside_plan(figures: dict[str, Any], what: str) -> str:
+    """Megabytes of one step of one rank, counted, and in brackets by the plan."""
+    if "planned" not in figures:
+        return ""
+    return f"{figures['step'][what] / 1e6:.4g} ({figures['planned'][what] / 1e6:.4g})"
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> list[str]:

@@ -11,6 +11,7 @@ from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer, skeleton
 from pipeline.benchmarks.speed.machine import describe_machine, describe_software, load_average, peak_bytes
 from pipeline.benchmarks.speed.options import SpeedOptions
+from pipeline.benchmarks.speed.ranks import measure_ranks
 from pipeline.benchmarks.speed.report import draw
 from pipeline.benchmarks.speed.scoring import measure_evaluation
 from pipeline.benchmarks.speed.startup import measure_startup
@@ -81,6 +82,9 @@ def measure(options: SpeedOptions, folder: Path, say: Callable[[str], None]) -> 
         for task in tasks:
             say(f"trainer: {task}, {options.repeats} rounds of {options.warmup} + {options.steps} steps")
             yield {f"trainer on {task}": measure_training(options, *prepared(task), folder / "runs" / task)}
+    if "ranks" in options.cases:
+        say(f"ranks: {tasks[0]}, {options.repeats} rounds of {options.warmup} + {options.steps} steps")
+        yield {"ranks": measure_ranks(options, *prepared(tasks[0]), folder / "ranks")}
     if "validation" in options.cases:
         say(f"validation: {options.validation_rows:,} rows")
         own = folder / "validation"

@@ -24,7 +24,7 @@ PEER = "peft_trainer"
 CONTENDERS = ("sequential", "moe_cl", PEER)
 Notes = dict[str, list[dict[str, Any]]]  # contender -> what each of its runs left
 # what a process group left in the environment would make the child join it
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
 
 
 def check_peer() -> None:
@@ -86,7 +86,7 @@ def train_in_child(
 
 def child_environment() -> dict[str, str]:
     """This process's environment without its process group, with the package to be found."""
-    environment = {name: value for name, value in os.environ.items() if name not in _GROUP}
+    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     return environment
 
