@@ -52,7 +52,7 @@ class TrainingConfig(Section):
 
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(32, ge=1)  # rows of a global batch, over all ranks
-    micro_batch_size: int = Field(16, ge=1)  # most rows of one forward pass on one rank
+    micro_batch_size: int = Field(32, ge=1)  # most rows of one forward pass on one rank
     micro_batch_tokens: int = Field(2048, ge=16)  # most tokens, padding included, of one forward pass on one rank
     learning_rate: float = Field(2e-4, gt=0)
     routed_learning_rate: RoutedLearningRate | None = None  # null: the same learning rate for all
