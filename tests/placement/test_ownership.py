@@ -233,6 +233,17 @@ def test_the_plan_has_the_measured_numbers(launched, notes, ep, stage):
             assert only(seen["fetched"] for seen in note["live"]) == memory.largest_layer
 
 
+@every_size
+def test_bytes_gathered_and_reduced_in_a_later_step_are_the_plans(launched, notes, ep, stage):
+    """Of three of four ranks' shares what is gathered, with ZeRO-3's padding; the whole is handed to the reduction."""
+    traffic = planned(launched, ep, stage).traffic
+    for note in notes:
+        later = note["steps"][1]
+        padding = BYTES * PADDING * (WORLD - 1) // WORLD if stage == 3 else 0
+        assert later["gather_bytes"] == traffic.all_gather_later + padding
+        assert later["reduce_bytes"] == traffic.gradients + (BYTES * LAYERS if stage == 3 else 0)
+
+
 def test_table(launched):
     """Printed with `pytest -s`: bytes on one rank of a world of 4, the same on each."""
     heads = ["EP", "ZeRO", "resident", "of all", "live", "gathered 1", "gathered 2", "received 1", "received 2"]

@@ -23,17 +23,19 @@ class Collectives:
     def __init__(self) -> None:
         self._backend = deepspeed.comm.comm.cdb
         self.probing = False
+        self._stock: dict[str, Callable[..., Any]] = {}
         self._counts: dict[str, float] = {}
         self.taken()
 
     def __enter__(self) -> "Collectives":
-        for name in _NAMES:
-            setattr(self._backend, name, self._counted(name, getattr(self._backend, name)))
+        self._stock = {name: getattr(self._backend, name) for name in _NAMES}
+        for name, stock in self._stock.items():
+            setattr(self._backend, name, self._counted(name, stock))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in _NAMES:
-            delattr(self._backend, name)  # an instance's own: the class has the stock method
+        for name, stock in self._stock.items():
+            setattr(self._backend, name, stock)
 
     def taken(self) -> dict[str, float]:
         """What was counted since last taken: of each kind `<kind>_bytes` (received by gathers, handed to reductions),
