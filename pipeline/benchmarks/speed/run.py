@@ -9,6 +9,7 @@ from typing import Any
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer, skeleton
+from pipeline.benchmarks.speed.data import measure_data
 from pipeline.benchmarks.speed.machine import describe_machine, describe_software, load_average, peak_bytes
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.ranks import measure_ranks
@@ -90,6 +91,9 @@ def measure(options: SpeedOptions, folder: Path, say: Callable[[str], None]) -> 
         own = folder / "validation"
         own.mkdir()
         yield measure_validation(options, tokenizer, own)
+    if "data" in options.cases:
+        say(f"data: verdicts of up to {5 * options.validation_rows:,} rows, tokenising")
+        yield measure_data(options, folder / "data")
     if {"step", "evaluation"} & set(options.cases):
         world = start_world()
         if "step" in options.cases:
