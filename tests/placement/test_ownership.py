@@ -235,12 +235,16 @@ def test_the_plan_has_the_measured_numbers(launched, notes, ep, stage):
 
 @every_size
 def test_bytes_gathered_and_reduced_in_a_later_step_are_the_plans(launched, notes, ep, stage):
-    """Of three of four ranks' shares what is gathered, with ZeRO-3's padding; the whole is handed to the reduction."""
+    """Of three of four ranks' shares what is gathered, with the padding; the whole is handed to the reduction.
+
+    ZeRO-2 fills its one buffer of weights that all ranks share up to a multiple of the ranks.
+    """
     traffic = planned(launched, ep, stage).traffic
+    shared = traffic.all_gather_rest * WORLD // ((WORLD - 1) * BYTES)  # elements
     for note in notes:
         later = note["steps"][1]
-        padding = BYTES * PADDING * (WORLD - 1) // WORLD if stage == 3 else 0
-        assert later["gather_bytes"] == traffic.all_gather_later + padding
+        padding = PADDING if stage == 3 else -shared % WORLD
+        assert later["gather_bytes"] == traffic.all_gather_later + BYTES * padding * (WORLD - 1) // WORLD
         assert later["reduce_bytes"] == traffic.gradients + (BYTES * LAYERS if stage == 3 else 0)
 
 
