@@ -60,7 +60,7 @@ class TrainingConfig(Section):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
     gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off
     save_every: int = Field(50, ge=1)  # steps between two in-flight states
-    # layers keep their input alone and are computed again in backward: less memory, longer steps (docs/SPEED.md)
+    # layers keep their input alone and are computed again in backward: less memory for one more forward pass a step
     activation_checkpointing: bool = False
 
 
