@@ -122,9 +122,11 @@ def learn(
             tracker.log_metrics(step.step, step_metrics(step))
 
     say(world, f"\n== increment {increment.number}: {task.task}")
-    trained = train(job, increment, task, key, stop, log)
+    scored = measurable(prepared, task, chain, job.learning_digest)
+    learned = {name: other for name, other in scored.items() if name != task.task}
+    trained = train(job, increment, task, key, stop, log, learned)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
-    evaluated = evaluate(job, increment, measurable(prepared, task, chain, job.learning_digest), trained)
+    evaluated = evaluate(job, increment, scored, trained)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(job.config.gate, task.task, evaluated.row, champion_row(chain))
     context = Context(chain, backbone, key, run_id, started, getpass.getuser())

@@ -120,20 +120,26 @@ def components_of(experts: Experts) -> Components:
     """Every trainable parameter under its component and its public name, e.g.
     `shared` -> `model.layers.3.mlp.gate_proj.lora_A` (R, D), or, of routed experts,
     `model.layers.3.mlp.experts.gate_proj.lora_A` (E, R, D); `gate` -> `model.layers.3.mlp.gate.weight` (roles, D)."""
-    components: Components = {}
-    for ffn in experts.ffns:
-        for part, by_role in ffn.experts.items():
-            path = ffn.path if part == "ffn" else f"{ffn.path}.{part}"
-            for role, expert in by_role.items():
-                for projection, pair in expert.items():
-                    for name, parameter in pair.named_parameters():
-                        components.setdefault(role, {})[f"{path}.{projection}.{name}"] = parameter
-    for linear in experts.linears:
-        for role, pair in linear.experts.items():
-            for name, parameter in pair.named_parameters():
-                components.setdefault(role, {})[f"{linear.path}.{name}"] = parameter
+    components: Components = {
+        role: {f"{path}.{name}": p for path, pair in pairs.items() for name, p in pair.named_parameters()}
+        for role, pairs in pairs_of(experts).items()
+    }
     for module in [*experts.ffns, *experts.linears]:
         for component in ("gate", "discriminator"):
             for name, parameter in getattr(module, component, nn.Module()).named_parameters():
                 components.setdefault(component, {})[f"{module.path}.{component}.{name}"] = parameter
     return components
+
+
+def pairs_of(experts: Experts) -> dict[str, dict[str, LoraPair]]:
+    """Every LoRA pair under its role and the public name of its projection, e.g. `model.layers.3.mlp.gate_proj`."""
+    pairs: dict[str, dict[str, LoraPair]] = {}
+    for ffn in experts.ffns:
+        for part, by_role in ffn.experts.items():
+            path = ffn.path if part == "ffn" else f"{ffn.path}.{part}"
+            for role, expert in by_role.items():
+                pairs.setdefault(role, {}).update({f"{path}.{name}": pair for name, pair in expert.items()})
+    for linear in experts.linears:
+        for role, pair in linear.experts.items():
+            pairs.setdefault(role, {})[linear.path] = pair
+    return pairs

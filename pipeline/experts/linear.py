@@ -36,11 +36,11 @@ class ExpertLinear(nn.Module):
         y = F.linear(x, self.linear.weight, self.linear.bias)
         if not self.active:
             return y
-        pairs = [self.experts[role] for role in self.active]
-        low = F.linear(self.dropout(x), torch.cat([pair.lora_A for pair in pairs]))  # (..., roles * R)
+        pairs = [self.experts[role].factors() for role in self.active]
+        low = F.linear(self.dropout(x), torch.cat([lora_a for lora_a, _ in pairs]))  # (..., roles * R)
         if len(pairs) > 1:
             wide = torch.promote_types(x.dtype, torch.float32)
             beta = torch.softmax(F.linear(x, self.gate.weight), dim=-1, dtype=wide).to(x.dtype)
             beta = beta[..., [self.roles.index(role) for role in self.active]]
             low = (low.unflatten(-1, (len(pairs), -1)) * beta.unsqueeze(-1)).flatten(-2)
-        return y + F.linear(low, torch.cat([pair.lora_B for pair in pairs], dim=-1)) * self.scaling
+        return y + F.linear(low, torch.cat([lora_b for _, lora_b in pairs], dim=-1)) * self.scaling

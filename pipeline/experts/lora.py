@@ -35,6 +35,8 @@ class LoraPair(nn.Module):
     """A (R, in) and B (out, R): the product B A is added to one frozen weight (out, in).
 
     For the routed experts of a block, (E, R, in) and (E, out, R): one pair an expert, those of this rank alone.
+
+    Frozen pairs of earlier tasks may be added on top: sum_k w_k B_k A_k is one pair of all their ranks, with w_k in B.
     """
 
     def __init__(self, weight_shape: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,6 +44,13 @@ class LoraPair(nn.Module):
         *experts, out_features, in_features = weight_shape
         self.lora_A = nn.Parameter(torch.zeros(*experts, rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, rank, dtype=dtype, device=device))
+        self.past: tuple[torch.Tensor, torch.Tensor] | None = None  # (..., P, in), (..., out, P): no parameters
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of all that is added to the frozen weight: (..., P + R, in) and (..., out, P + R)."""
+        if self.past is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.past[0], self.lora_A], dim=-2), torch.cat([self.past[1], self.lora_B], dim=-1)
 
 
 class LoraExpert(nn.ModuleDict):

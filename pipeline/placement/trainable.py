@@ -14,8 +14,7 @@ from pipeline.placement.architecture import Architecture, TensorSpec
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROLES = {  # method -> its LoRA experts; more than one are mixed by a gate
     "moe_cl": ("shared", "dedicated"),
-    "sequential": ("adapter",),
-    "per_task": ("adapter",),
+    **dict.fromkeys(("sequential", "per_task", "replay", "multitask", "ewc", "olora", "mocl"), ("adapter",)),
     "zero_shot": (),
 }
 KINDS = ("lora_attention", "lora_dense_ffn", "lora_always_on", "lora_routed_experts", "gate", "discriminator")

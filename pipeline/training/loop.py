@@ -4,16 +4,18 @@ request.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pipeline.config import StreamConfig, TrainingConfig
-from pipeline.data.batching import global_batch, micro_batches, num_steps, row_order
+from pipeline.data.batching import micro_batches
 from pipeline.data.collate import MicroBatch, collate
+from pipeline.data.mixing import JoinedRows, plain_batches
 from pipeline.data.tokens import RowView
 from pipeline.files import sha256_text
 from pipeline.methods.protocol import Method
@@ -21,6 +23,7 @@ from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
 from pipeline.training.checks import check_gradients
 from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
+from pipeline.training.penalty import add_penalties
 from pipeline.training.progress import Progress
 from pipeline.training.schedule import rate, routed_ratio
 from pipeline.training.stop import StopFlag, StoppedOnRequest
@@ -32,7 +35,7 @@ class StepLog:
 
     step: int  # from 1
     loss: float  # per answer token
-    terms: dict[str, float]  # what the method added, per sequence
+    terms: dict[str, float]  # what the method added: per sequence, and its `penalty`
     learning_rate: float  # of training.learning_rate; components scale with it
     grad_norm: float
     tokens: int  # over all ranks, padding left out
@@ -52,7 +55,7 @@ def train_rows(
     learner: Learner,
     method: Method,
     config: StreamConfig,
-    rows: RowView,
+    rows: RowView | JoinedRows,
     start: Source,
     *,
     seed: int,
@@ -61,18 +64,21 @@ def train_rows(
     title: str,
     stop: StopFlag,
     on_step: Callable[[StepLog], None] = lambda log: None,
+    batches: Sequence[np.ndarray] | None = None,
 ) -> TrainResult:
     """Train the active components on `rows` from the start values, or from the in-flight state of the same `key`.
 
-    Raises StoppedOnRequest on all ranks, with the state saved, when any rank was asked to stop.
+    `batches` are the row numbers of every global batch (default: `plain_batches`). Raises StoppedOnRequest on all
+    ranks, with the state saved, when any rank was asked to stop.
     """
     world, settings = learner.world, config.training
-    total = num_steps(len(rows), settings.epochs, settings.batch_size)
-    order = row_order(len(rows), settings.epochs, seed)
+    batches = batches or plain_batches(len(rows), settings.epochs, settings.batch_size, seed)
+    total = len(batches)
     saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
     step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
     values, moments = open_inflight(inflight) if saved else (start, {})
     restore_state(learner.engine, learner.parameters, values, moments, step)
+    penalties = method.penalties(learner, start)
     world.barrier()  # nobody replaces the file while another rank reads it
     learner.model.train()
     progress = Progress(title, total, start=step, show=world.is_main)
@@ -89,11 +95,12 @@ def train_rows(
 
     while step < total:
         begin = time.monotonic()
-        chosen = global_batch(order, step, settings.batch_size)
+        chosen = batches[step]
         factor = rate(step, total, settings.warmup_fraction)
         for group in learner.engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
         sums = run_global_batch(learner, method, config, rows, chosen, step, seed)
+        penalty = add_penalties(learner, penalties)
         learner.engine.step()
         step += 1
         nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
@@ -103,7 +110,7 @@ def train_rows(
                 f"{title}: the loss is {loss} at step {step} (rows {chosen.tolist()}); nothing was published; "
                 "lower training.learning_rate or turn on training.gradient_clipping"
             )
-        named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)}
+        named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)} | penalty
         tokens = int(rows.lengths[chosen].sum())
         norm = float(learner.engine.get_global_grad_norm() or 0.0)
         on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
@@ -114,7 +121,7 @@ def train_rows(
             raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
         if step % settings.save_every == 0 or step == total:
             save(step)
-    return TrainResult(total, len(order), continuations)
+    return TrainResult(total, sum(map(len, batches)), continuations)
 
 
 @dataclass
@@ -126,7 +133,7 @@ class BatchSums:
 
 
 def run_global_batch(
-    learner: Learner, method: Method, config: StreamConfig, rows: RowView, chosen, step: int, seed: int
+    learner: Learner, method: Method, config: StreamConfig, rows: RowView | JoinedRows, chosen, step: int, seed: int
 ) -> BatchSums:
     """Forward and backward over one global batch; the caller steps the engine.
 
@@ -143,7 +150,8 @@ def run_global_batch(
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
     for index, part in enumerate(passes):
-        prompts, answers = rows.tokens(chosen[list(part.places)])
+        own = chosen[list(part.places)]
+        prompts, answers = rows.tokens(own)
         batch = collate(
             prompts,
             answers,
@@ -154,6 +162,8 @@ def run_global_batch(
             global_rows=len(chosen),
             world_size=world.size,
             device=world.device,
+            sources=rows.sources(own) if isinstance(rows, JoinedRows) else None,
+            learned=(rows.answer_lengths[own] > 0).tolist(),
         )
         learner.engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
         nll, added = forward(learner, method, batch)
