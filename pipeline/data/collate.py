@@ -25,9 +25,7 @@ class MicroBatch:
     target_weight: torch.Tensor  # (P,) 1, or 0 for a spare row or an answer that is not learned
     row_weight: torch.Tensor  # (B,) the same for sequences
     places: tuple[int, ...]  # place of each sequence in its global batch
-    sources: tuple[
-        int, ...
-    ]  # task of each sequence: 0 the new one, k the k-th earlier one it goes back to
+    sources: tuple[int, ...]  # task of each sequence: 0 the new one, k the k-th earlier one it goes back to
     step: int
     global_rows: int  # sequences of the global batch, over all ranks
     world_size: int
