@@ -112,7 +112,8 @@ def bank_growth(architecture: Architecture, trainable: Trainable) -> dict[str, i
     left out.
 
     Every increment publishes a new version of each component of the serving bundle; `state` holds the task's prototype
-    (mean and variance, (L, D) each) and its row of the discriminator ((L, D) and (L,)).
+    (mean and variance, (L, D) each) and its row of the discriminator ((L, D) and (L,)), of `ewc` the Fisher information
+    of every trained element, of `mocl` the task's vector (D,).
     """
     growth: dict[str, int] = {}
     for tensor in trainable.tensors:
@@ -120,6 +121,10 @@ def bank_growth(architecture: Architecture, trainable: Trainable) -> dict[str, i
             growth[tensor.component] = growth.get(tensor.component, 0) + 4 * tensor.numel
     if trainable.method.plays:
         growth["state"] = 4 * len(trainable.adapted_layers) * (3 * architecture.hidden_size + 1)
+    if trainable.method.name == "ewc":
+        growth["state"] = 4 * trainable.parameters
+    if trainable.method.name == "mocl":
+        growth["state"] = 4 * architecture.hidden_size
     return growth
 
 

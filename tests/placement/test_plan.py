@@ -6,14 +6,15 @@ norms of 4, router 16, routed experts 96 (gate and up) and 48 (down).
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from data_contracts.errors import UserError
+from pipeline.config import method_module, method_names
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.bank import Bank
 from pipeline.experts.lora import LoraOptions
-from pipeline.methods import moe_cl, per_task, sequential, zero_shot
 from pipeline.placement.architecture import load_architecture, read_architecture
 from pipeline.placement.cluster import Placement, Workload
 from pipeline.placement.memory import activations_of, memory_of
@@ -243,7 +244,7 @@ def test_times_are_bytes_over_bandwidth():
     )
 
 
-METHODS = {"moe_cl": moe_cl, "sequential": sequential, "per_task": per_task, "zero_shot": zero_shot}
+METHODS = {name: method_module(name) for name in method_names()}
 TARGETS = [("gate_proj", "up_proj", "down_proj"), ("down_proj", "q_proj", "o_proj"), ("*.mlp.*up_proj",)]
 
 
@@ -288,6 +289,11 @@ def test_the_bank_grows_by_the_tensor_bytes_of_the_files_a_task_publishes(tmp_pa
     if method.wants_pooled():
         statistics = torch.zeros(2, len(learner.ffns), architecture.hidden_size)
         files["state"] = method.state((statistics[0], statistics[1]), values)
+    study = SimpleNamespace(
+        squared_gradients=lambda rows: values, prompt_vectors=lambda: torch.ones(5, architecture.hidden_size)
+    )
+    if measured := method.learned(study):
+        files["state"] = measured
     bank, sizes = Bank(tmp_path), {}
     for role, tensors in files.items():
         data = bank.path(bank.put(tensors)).read_bytes()
