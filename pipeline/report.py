@@ -30,7 +30,7 @@ def print_start(
     for name, task in prepared.items():
         rows = min(len(task.splits["train"]), config.rows.train or 10**12)
         steps = num_steps(rows, training.epochs, training.batch_size)
-        print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps")
+        print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps on them")
     inherited = ", ".join(f"{m.increment} {m.task} ({m.verdict})" for m in reversed(chain))
     print(f"inherited increments: {inherited or 'none'}", flush=True)
 
