@@ -120,7 +120,8 @@ class Method(Protocol):
 
     def penalties(self, learner: Learner, start: Source) -> Mapping[str, Penalty]:
         """Terms of the loss that depend on one trained tensor alone, by parameter name. `start` holds the values the
-        increment started from.
+        increment started from. Only for tensors that every batch's loss depends on: ZeRO-3 keeps the gradient of a
+        tensor that got none, penalty included, for the next step.
         """
 
     def states_needed(self, increment: Increment) -> tuple[str, ...]:
