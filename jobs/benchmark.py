@@ -1,9 +1,10 @@
 """The project's own measurements, written as JSON, a table and a picture.
 
 python jobs/benchmark.py speed --backbone demo/backbone --data FOLDER --out speed.json --tasks yelp agnews
+python jobs/benchmark.py scale --out scale.json
 
-FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md says what is
-measured and how. Exit 0, or 2 after a message on what to mend.
+FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md and
+docs/SCALE.md say what is measured and how. Exit 0, or 2 after a message on what to mend.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.scale.options import ScaleOptions
 from pipeline.benchmarks.speed.options import CASES, SpeedOptions
 
 
@@ -28,9 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The benchmarks and their options; defaults are those of `SpeedOptions`."""
+    """The benchmarks and their options; defaults are those of `SpeedOptions` and `ScaleOptions`."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    speed = made.add_subparsers(dest="benchmark", required=True).add_parser("speed", help="time against peers")
+    benchmarks = made.add_subparsers(dest="benchmark", required=True)
+    add_scale(benchmarks.add_parser("scale", help="cost of an increment after a thousand others"))
+    speed = benchmarks.add_parser("speed", help="time against peers")
     speed.set_defaults(run=speed_benchmark)
     default = {field.name: field.default for field in fields(SpeedOptions)}
     add = speed.add_argument
@@ -38,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, metavar="FOLDER", help="folder with one folder a task")
     add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
     add("--cases", nargs="+", default=CASES, metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
-    add("--tasks", nargs="+", default=(), metavar="TASK", help="tasks to train on; `step` takes the first")
+    add("--tasks", nargs="+", default=(), metavar="TASK", help="tasks to train on; `step` and `startup` take the first")
     add("--label-task", metavar="TASK", help="task to score (default: the one with most labels)")
     add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
     add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
@@ -55,6 +59,28 @@ def parser() -> argparse.ArgumentParser:
     ):
         add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help=f"{text} (%(default)s)")
     return made
+
+
+def add_scale(scale: argparse.ArgumentParser) -> None:
+    """The options of `scale`."""
+    scale.set_defaults(run=scale_benchmark)
+    add, default = scale.add_argument, {field.name: field.default for field in fields(ScaleOptions)}
+    add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
+    add("--work-dir", metavar="W", help="where the increments go, and stay (default: a temporary folder)")
+    add("--no-mlflow", dest="mlflow", action="store_false", help="do not record the increments in MLflow")
+    for name in ("increments", "earlier_tasks", "rows", "batch_size", "width", "layers", "rank"):
+        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help="(%(default)s)")
+
+
+def scale_benchmark(given: argparse.Namespace) -> int:
+    """`scale`: measure, write, print."""
+    options = ScaleOptions.of(vars(given))
+    from pipeline.benchmarks.scale.report import as_table
+    from pipeline.benchmarks.scale.run import run_scale
+
+    print(as_table(run_scale(options, given.out)))
+    print(f"\nwritten: {given.out} and {given.out.with_suffix('.png')}")
+    return 0
 
 
 def speed_benchmark(given: argparse.Namespace) -> int:

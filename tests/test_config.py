@@ -25,8 +25,8 @@ OPTIONS = """
     rows.train rows.validation rows.test
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
     training.routed_learning_rate training.weight_decay training.warmup_fraction training.gradient_clipping
-    training.save_every
-    evaluation.batch_tokens evaluation.baselines
+    training.save_every training.activation_checkpointing
+    evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
     method
@@ -219,6 +219,7 @@ def learned(stream: Path, *overrides: str) -> str:
         "deepspeed=deepspeed_configs/zero2.json",
         "tracking.uri=http://host",
         "training.save_every=1",
+        "training.activation_checkpointing=true",
         "gate.on_reject=continue",
     ],
 )

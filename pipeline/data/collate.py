@@ -6,7 +6,7 @@ transformers reads from them that sequences must not see each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,11 +29,19 @@ class MicroBatch:
     step: int
     global_rows: int  # sequences of the global batch, over all ranks
     world_size: int
+    last: bool  # of this rank's passes over the global batch
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the pass, padding included."""
         return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The batch on a device; from pinned memory, so that the copy waits for nothing but its own stream."""
+        if device.type == "cpu":
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{n: tensor.pin_memory().to(device, non_blocking=True) for n, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def collate(
     device: torch.device,
     sources: Sequence[int] | None = None,
     learned: Sequence[bool] | None = None,
+    last: bool = True,
 ) -> MicroBatch:
     """Prompt + answer + end of answer for each row; only answer tokens (and the end) are targets.
 
@@ -126,4 +135,5 @@ def collate(
         step=step,
         global_rows=global_rows,
         world_size=world_size,
+        last=last,
     )

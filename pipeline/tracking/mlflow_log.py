@@ -153,9 +153,8 @@ class Tracker:
         missing = {f"row.{task}": score for task, score in manifest.row.items() if f"row.{task}" not in logged}
         self._metrics(run_id, manifest.increment, missing)
         version = self._version(manifest, run)
-        aliases = self.registry.aliases()
         for alias in [CANDIDATE] + [CHAMPION] * (manifest.verdict == "promoted"):
-            if aliases.get(alias, 0) < int(version.version):
+            if self.registry.alias(alias) < int(version.version):
                 self.client.set_registered_model_alias(self.registered_model, alias, version.version)
         return self.client.get_model_version(self.registered_model, version.version)
 

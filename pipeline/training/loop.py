@@ -4,7 +4,8 @@ request.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config import StreamConfig, TrainingConfig
-from pipeline.data.batching import micro_batches
-from pipeline.data.collate import MicroBatch, collate
+from pipeline.data.collate import MicroBatch
 from pipeline.data.mixing import JoinedRows, plain_batches
 from pipeline.data.tokens import RowView
 from pipeline.files import sha256_text
@@ -24,6 +24,7 @@ from pipeline.placement.state import Source, restore_state, state_shapes, stream
 from pipeline.training.checks import check_gradients
 from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
 from pipeline.training.penalty import add_penalties
+from pipeline.training.prefetch import one_ahead, read_batches
 from pipeline.training.progress import Progress
 from pipeline.training.schedule import rate, routed_ratio
 from pipeline.training.stop import StopFlag, StoppedOnRequest
@@ -93,34 +94,38 @@ def train_rows(
             for _ in tensors:  # takes part in the gathering
                 pass
 
-    while step < total:
-        begin = time.monotonic()
-        chosen = batches[step]
-        factor = rate(step, total, settings.warmup_fraction)
-        for group in learner.engine.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
-        sums = run_global_batch(learner, method, config, rows, chosen, step, seed)
-        penalty = add_penalties(learner, penalties)
-        learner.engine.step()
-        step += 1
-        nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
-        loss = nll / answer_tokens
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{title}: the loss is {loss} at step {step} (rows {chosen.tolist()}); nothing was published; "
-                "lower training.learning_rate or turn on training.gradient_clipping"
-            )
-        named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)} | penalty
-        tokens = int(rows.lengths[chosen].sum())
-        norm = float(learner.engine.get_global_grad_norm() or 0.0)
-        on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
-        progress.update(step, tokens, {"loss": loss, **named, "lr": settings.learning_rate * factor})
-        if asked:
-            save(step)
-            world.barrier()
-            raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
-        if step % settings.save_every == 0 or step == total:
-            save(step)
+    coming = (
+        batch for number in range(step, total) for batch in read_batches(world, settings, rows, batches[number], number)
+    )
+    with closing(one_ahead(coming)) as ready:
+        while step < total:
+            begin = time.monotonic()
+            chosen = batches[step]
+            factor = rate(step, total, settings.warmup_fraction)
+            for group in learner.engine.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
+            sums = run_global_batch(learner, method, config, rows, chosen, step, seed, ready)
+            penalty = add_penalties(learner, penalties)
+            learner.engine.step()
+            step += 1
+            nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
+            loss = nll / answer_tokens
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"{title}: the loss is {loss} at step {step} (rows {chosen.tolist()}); nothing was published; "
+                    "lower training.learning_rate or turn on training.gradient_clipping"
+                )
+            named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)} | penalty
+            tokens = int(rows.lengths[chosen].sum())
+            norm = float(learner.engine.get_global_grad_norm() or 0.0)
+            on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
+            progress.update(step, tokens, {"loss": loss, **named, "lr": settings.learning_rate * factor})
+            if asked:
+                save(step)
+                world.barrier()
+                raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
+            if step % settings.save_every == 0 or step == total:
+                save(step)
     return TrainResult(total, sum(map(len, batches)), continuations)
 
 
@@ -133,45 +138,40 @@ class BatchSums:
 
 
 def run_global_batch(
-    learner: Learner, method: Method, config: StreamConfig, rows: RowView | JoinedRows, chosen, step: int, seed: int
+    learner: Learner,
+    method: Method,
+    config: StreamConfig,
+    rows: RowView | JoinedRows,
+    chosen: np.ndarray,
+    step: int,
+    seed: int,
+    ready: Iterator[MicroBatch] | None = None,
 ) -> BatchSums:
     """Forward and backward over one global batch; the caller steps the engine.
+
+    `ready` gives the batch's `read_batches` and is asked for no more than these; without it they are read here.
 
     The loss of every micro-batch is divided by the global batch's answer tokens and multiplied by the world size, which
     DeepSpeed's gradient average divides by again: world size and accumulation change nothing.
     """
     world, settings = learner.world, config.training
-    passes = micro_batches(
-        rows.lengths[chosen].tolist(), world.rank, world.size, settings.micro_batch_size, settings.micro_batch_tokens
-    )
+    ready = ready or read_batches(world, settings, rows, chosen, step)
     answer_tokens = int(rows.answer_lengths[chosen].sum())
     # dropout masks come from (seed, step, rank): a continued run draws what an unbroken one draws
     torch.manual_seed(int(sha256_text(f"dropout/{seed}/{step}/{world.rank}")[:15], 16))
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
-    for index, part in enumerate(passes):
-        own = chosen[list(part.places)]
-        prompts, answers = rows.tokens(own)
-        batch = collate(
-            prompts,
-            answers,
-            rows.end_of_answer,
-            places=part.places,
-            weight=part.weight,
-            step=step,
-            global_rows=len(chosen),
-            world_size=world.size,
-            device=world.device,
-            sources=rows.sources(own) if isinstance(rows, JoinedRows) else None,
-            learned=(rows.answer_lengths[own] > 0).tolist(),
-        )
-        learner.engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
+    for read in ready:
+        batch = read.to(world.device)
+        learner.engine.set_gradient_accumulation_boundary(batch.last)
         nll, added = forward(learner, method, batch)
         learner.engine.backward(nll * (world.size / answer_tokens))
         nll_sum += nll.item()
         own_tokens += batch.target_weight.sum().item()
         for name, value in added.items():
             terms[name] = terms.get(name, 0.0) + value
+        if batch.last:
+            break
     if step == 0:
         check_gradients(learner)
     return BatchSums((nll_sum, own_tokens), terms)

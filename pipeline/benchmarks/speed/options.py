@@ -7,7 +7,7 @@ from typing import Any
 
 from data_contracts.errors import UserError
 
-CASES = ("step", "trainer", "evaluation", "validation")
+CASES = ("startup", "step", "trainer", "ranks", "evaluation", "validation", "data")
 _ZERO2 = Path(__file__).resolve().parents[3] / "deepspeed_configs" / "zero2.json"
 
 
