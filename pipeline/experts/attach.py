@@ -14,6 +14,7 @@ from pipeline.backbones.families import PROJECTIONS, Family
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.linear import ExpertLinear
 from pipeline.experts.lora import LoraExpert, LoraOptions, LoraPair, targeted_projections
+from pipeline.experts.sub_experts import SparsePair, SubExperts
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ExpertPlan:
     num_discriminator_outputs: int = 0  # 0: no discriminator
     # of each component; None, or a component left out, takes training.learning_rate
     learning_rates: Mapping[str, float | None] = field(default_factory=dict)
+    sub_experts: SubExperts | None = None  # of every LoRA pair; None: it is one expert
 
 
 class Sharing(Protocol):
@@ -79,7 +81,10 @@ def attach_experts(
         setattr(layer, family.ffn, wrapped)
     for path, attention in family.attentions(model):
         for projection in targets.get(path, ()):
-            linear = ExpertLinear(getattr(attention, projection), f"{path}.{projection}", plan.roles, plan.lora)
+            frozen = getattr(attention, projection)
+            shape = (frozen.out_features, frozen.in_features)
+            pairs = {role: new_pair(plan, shape, frozen.weight) for role in plan.roles}
+            linear = ExpertLinear(frozen, f"{path}.{projection}", pairs, plan.lora)
             setattr(attention, projection, linear)
             experts.linears.append(linear)
     return experts
@@ -93,12 +98,19 @@ def lora_experts(
     weight = next(frozen.parameters())
     by_role = {}
     for role in plan.roles:
-        pairs = {name: LoraPair(shapes[name], plan.lora.rank, weight.dtype, _real(weight)) for name in projections}
+        pairs = {name: new_pair(plan, shapes[name], weight) for name in projections}
         by_role[role] = LoraExpert(pairs)
         if sharing and len(shapes["down_proj"]) == 3:
             for parameter in by_role[role].parameters():
                 sharing.own(parameter, num_experts)
     return by_role
+
+
+def new_pair(plan: ExpertPlan, shape: tuple[int, ...], weight: nn.Parameter) -> LoraPair:
+    """What one role adds to a frozen weight of that shape; `weight` has the dtype and the device."""
+    if plan.sub_experts is not None:
+        return SparsePair(shape, plan.lora.rank, plan.sub_experts, weight.dtype, _real(weight))
+    return LoraPair(shape, plan.lora.rank, weight.dtype, _real(weight))
 
 
 def _projection_shapes(frozen: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source
+from pipeline.tensor_files import TensorFile
 
 Tensors = dict[str, torch.Tensor]
 # {component: bank digest}: what a task is served with. `past.N` are experts of earlier tasks that speak along with the
@@ -93,6 +94,15 @@ class Study(Protocol):
         """Mean over rows of the squared gradient of log p(answer | prompt), by parameter name, whole, fp32."""
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What a task publishes in a form of the method's own."""
+
+    tensors: Tensors  # of its bank file
+    reads: list[int]  # which of the `past` files a bundle needs beside it, ascending
+    account: dict[str, int]  # numbers for the manifest and MLflow
+
+
 class Method(Protocol):
     """The seam. Every hook runs on all ranks alike; random draws come from (seed, step) alone."""
 
@@ -117,6 +127,17 @@ class Method(Protocol):
 
     def past(self, increment: Increment, study: Study) -> list[tuple[str, float]]:
         """Earlier experts that speak along with the new task's own, frozen: bank digest and weight."""
+
+    packs: bool  # whether bank files hold the first role's expert in a form of the method's own, by these three hooks
+
+    def learn_beside(self, learner: Learner, past: Sequence[tuple[TensorFile, float]]) -> None:
+        """Make the slots ready for training, with the files and weights of `past`."""
+
+    def pack(self, learner: Learner) -> Packed:
+        """What the trained values come to. Collective."""
+
+    def unpack(self, learner: Learner, own: TensorFile, past: Sequence[TensorFile]) -> None:
+        """Serve a packed expert with the files that it reads."""
 
     def penalties(self, learner: Learner, start: Source) -> Mapping[str, Penalty]:
         """Terms of the loss that depend on one trained tensor alone, by parameter name. `start` holds the values the
@@ -158,6 +179,7 @@ class PlainLora:
     """The common part of methods with one LoRA expert and nothing added to the loss."""
 
     learns_earlier_answers = True
+    packs = False
 
     def __init__(self, plan: ExpertPlan | None, retention: RetentionOptions) -> None:
         self.plan = plan

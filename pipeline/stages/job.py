@@ -90,13 +90,16 @@ class Job:
         """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone.
         Collective.
         """
+        roles = self.method.plan.roles if self.method.plan else ()
+        self.learner.set_active(tuple(role for role in roles if role in bundle))
+        if self.method.packs:
+            self._unpack(bundle)
+            return
         own = own_of(bundle)
         missing = {component: digest for component, digest in own.items() if self.loaded.get(component) != digest}
         for component, digest in missing.items():
             self.learner.fill(component, self.open_bank(digest))
         self.loaded.update(missing)
-        roles = self.method.plan.roles if self.method.plan else ()
-        self.learner.set_active(tuple(role for role in roles if role in bundle))
         if own:
             self.add_past(past_of(bundle), bundle.get(PAST_WEIGHTS))
 
@@ -112,3 +115,11 @@ class Job:
         files = [self.open_bank(digest) for digest in digests]
         self.learner.set_past(role, list(zip(files, each, strict=True)))
         self.loaded[PAST] = wanted
+
+    def _unpack(self, bundle: Bundle) -> None:
+        """Fill the slots with a bundle in the method's own form. Collective."""
+        wanted = canonical_json(bundle)
+        if bundle and self.loaded.get("packed") != wanted:
+            own, *past = (self.open_bank(d) for d in (bundle[self.method.plan.roles[0]], *past_of(bundle)))
+            self.method.unpack(self.learner, own, past)
+            self.loaded["packed"] = wanted

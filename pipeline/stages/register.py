@@ -72,7 +72,7 @@ def register(
         data={split: data_record(prepared, split) for split in prepared.splits},
         learning=job.config.learning(),
         learning_digest=job.learning_digest,
-        training={"steps": trained.steps, "rows_consumed": trained.rows_consumed},
+        training={"steps": trained.steps, "rows_consumed": trained.rows_consumed} | trained.account,
         backbone=context.backbone,
         method=job.config.method["name"],
         verdict="promoted" if verdict.promoted else "rejected",

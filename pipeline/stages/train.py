@@ -1,7 +1,7 @@
 """Stage 3: train the active experts on one task; what they became goes into the bank."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,6 +28,7 @@ class Trained:
     steps: int
     rows_consumed: int
     continuations: int
+    account: dict[str, int] = field(default_factory=dict)  # the method's own numbers
 
 
 def train(
@@ -51,7 +52,10 @@ def train(
     parts = [rows, *earlier_rows(job, increment, learned or {})]
     study = RowStudy(learner, rows, config.evaluation.batch_tokens)
     job.loaded.clear()
-    beside = add_past(job, increment, study)
+    past = method.past(increment, study)
+    beside = {} if method.packs else add_past(job, increment, past)
+    if method.packs:
+        method.learn_beside(learner, [(job.open_bank(digest), weight) for digest, weight in past])
     start = start_values(job, increment, choose_start(job, increment, prepared))
     method.begin(increment, learner.ffns, start.drawn)
     learner.set_active(method.plan.roles)
@@ -74,9 +78,13 @@ def train(
     published = method.published()
     kept = {name: p for name, p in learner.parameters.items() if name.partition("/")[0] not in published}
     state = method.state(pooled, gather_values(kept)) | method.learned(study)
-    bundle = {component: publish(job, increment.task, component) for component in published} | beside
+    account: dict[str, int] = {}
+    if method.packs:
+        bundle, account = publish_packed(job, increment.task, [digest for digest, _ in past])
+    else:
+        bundle = {component: publish(job, increment.task, component) for component in published} | beside
     states = {"state": put(job, increment.task, "state", state)} if state else {}
-    return Trained(bundle, states, result.steps, result.rows_consumed, result.continuations)
+    return Trained(bundle, states, result.steps, result.rows_consumed, result.continuations, account)
 
 
 def earlier_rows(job: Job, increment: Increment, learned: Mapping[str, PreparedTask]) -> list[RowView]:
@@ -91,16 +99,28 @@ def earlier_rows(job: Job, increment: Increment, learned: Mapping[str, PreparedT
     return [learned[task].rows("train", job.config.rows.train, job.config.seed) for task in tasks]
 
 
-def add_past(job: Job, increment: Increment, study: RowStudy) -> Bundle:
+def add_past(job: Job, increment: Increment, past: Sequence[tuple[str, float]]) -> Bundle:
     """Let the earlier experts that the method names speak along; returns how a bundle says so. Collective."""
-    past = job.method.past(increment, study)
     weights = None
     if any(weight != 1.0 for _, weight in past):
         weights = put(job, increment.task, PAST_WEIGHTS, {"weights": torch.tensor([weight for _, weight in past])})
     digests = [digest for digest, _ in past]
     job.add_past(digests, weights)
-    named = {f"{PAST}{number}": digest for number, digest in enumerate(digests, start=1)}
-    return named | ({PAST_WEIGHTS: weights} if weights else {})
+    return bundle_past(digests) | ({PAST_WEIGHTS: weights} if weights else {})
+
+
+def bundle_past(digests: Sequence[str]) -> Bundle:
+    """How a bundle names experts of earlier tasks."""
+    return {f"{PAST}{number}": digest for number, digest in enumerate(digests, start=1)}
+
+
+def publish_packed(job: Job, task: str, past: Sequence[str]) -> tuple[Bundle, dict[str, int]]:
+    """Put what was trained into the bank in the method's own form; the bundle, and the account of it. Collective."""
+    packed, role = job.method.pack(job.learner), job.method.plan.roles[0]
+    if job.world.is_main:
+        print("  " + ", ".join(f"{name} {number:,}" for name, number in packed.account.items()), flush=True)
+    bundle = {role: put(job, task, role, packed.tensors)} | bundle_past([past[number] for number in packed.reads])
+    return bundle, packed.account
 
 
 def choose_start(job: Job, increment: Increment, prepared: PreparedTask) -> dict[str, str | None]:

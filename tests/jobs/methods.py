@@ -33,6 +33,7 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
         "ewc": ({"name": "ewc", "lora": LORA, "fisher_rows": 4}, once),
         "olora": ({"name": "olora", "lora": LORA}, once),
         "mocl": ({"name": "mocl", "lora": LORA}, once),
+        "moses": ({"name": "moses", "lora": LORA}, once),
     }
     cases = {
         name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)

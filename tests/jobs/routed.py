@@ -26,8 +26,10 @@ ON_TWO_RANKS = {
             ("ewc", "zero2_ep2", {"fisher_rows": 2}),
             ("olora", "zero3_ep2", {}),
             ("mocl", "zero2_ep2", {}),
+            ("moses", "zero3_ep2", {}),
         )
     },
+    "moses_zero2": ("hunyuan_v1_moe", "zero2_ep2", {"name": "moses", "lora": LORA}),
     "per_task": ("qwen3_moe", "zero3_ep2", {"name": "per_task", "lora": LORA | {"targets": ["experts.*", "v_proj"]}}),
     # ranks route differently: without leaf modules they would wait for each other's weights for ever
     "zero_shot": ("hy_v3", "zero3", {"name": "zero_shot"}),
@@ -38,7 +40,7 @@ ON_FOUR_RANKS = {
     "zero2_ep4": ("hunyuan_v1_moe", "zero2_ep4", MOE_CL),
 }
 # with the game on, with old data, with earlier experts; the others learn one
-TWO_TASKS = ("zero3_ep2", "zero2_ep2", "replay", "multitask", "ewc", "olora", "mocl")
+TWO_TASKS = ("zero3_ep2", "zero2_ep2", "replay", "multitask", "ewc", "olora", "mocl", "moses", "moses_zero2")
 MISTAKES = {
     "too_many": ("hunyuan_v1_moe", "zero3_ep4", MOE_CL),  # on two ranks
     "dense": (None, "zero3_ep2", MOE_CL),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from jobs import audit
@@ -91,7 +92,7 @@ def test_with_best_a_task_moves_exactly_when_its_gain_is_over_the_margin(learned
 # ---- the methods beside it
 
 
-RIVALS = ["sequential", "per_task", "zero_shot", "replay", "multitask", "ewc", "olora", "mocl"]
+RIVALS = ["sequential", "per_task", "zero_shot", "replay", "multitask", "ewc", "olora", "mocl", "moses"]
 
 
 @pytest.mark.parametrize("name", [*RIVALS, "ablated"])
@@ -163,6 +164,27 @@ def test_mocl_mixes_the_earlier_expert_in_and_leaves_the_earlier_task_as_it_was(
     assert bundles["second"] == names | {"past.1": first["bank"]["adapter"]}
     (weight,) = load_file(work_dir / "bank" / f"{names['past_weights']}.safetensors")["weights"].tolist()
     assert 0.9 < weight < 1  # the tasks' texts are alike
+
+
+def test_moses_stores_bits_and_new_values_and_leaves_the_earlier_task_as_it_was(methods):
+    work_dir, done = methods["moses"]
+    first, second = manifests(work_dir)
+    assert predictions(work_dir, 2, "first") == predictions(work_dir, 1, "first")
+    assert second["bundles"] == {"second": {"adapter": second["bank"]["adapter"], "past.1": first["bank"]["adapter"]}}
+    files = [
+        load_file(work_dir / "bank" / f"{manifest['bank']['adapter']}.safetensors") for manifest in (first, second)
+    ]
+    for manifest, file in zip((first, second), files, strict=True):
+        account = manifest["training"]
+        assert account["stored_bytes"] == sum(tensor.nbytes for tensor in file.values())
+        new = sum(len(tensor) for name, tensor in file.items() if name.endswith("values"))
+        assert new == account["mask_parameters"] - account["mask_reused"]
+        assert f"mask_reused {account['mask_reused']:,}" in done.stdout
+    assert 0 == first["training"]["mask_reused"] < second["training"]["mask_reused"]
+    assert second["training"]["stored_bytes"] < first["training"]["stored_bytes"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{work_dir / 'mlflow.db'}")
+    logged = client.get_run(json.loads(next(work_dir.glob("increments/0002-*/run.json")).read_text())["mlflow_run_id"])
+    assert logged.data.metrics["mask_reused"] == second["training"]["mask_reused"]
 
 
 def test_a_warm_start_is_chosen_on_validation_and_negatives_may_be_real_rows(methods):
