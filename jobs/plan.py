@@ -18,7 +18,7 @@ from pipeline.placement.architecture import load_architecture
 from pipeline.placement.cluster import ELEMENT_BYTES, Placement, Workload
 from pipeline.placement.plan import plan, smallest_world
 from pipeline.placement.plan_report import as_json, as_table
-from pipeline.placement.trainable import ROLES, MethodChoice, trainable_of
+from pipeline.placement.trainable import ROLES, MethodChoice, SubExperts, trainable_of
 
 PLACEMENT, METHOD, WORKLOAD = Placement(), MethodChoice(), Workload()
 
@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         architecture = load_architecture(options.backbone)
-        method = MethodChoice(options.method, options.rank, tuple(options.targets), options.discriminator_outputs)
+        pool = SubExperts(options.sub_experts, options.choose, options.density)
+        method = MethodChoice(options.method, options.rank, tuple(options.targets), options.discriminator_outputs, pool)
         trainable = trainable_of(architecture, method)
         found = plan(architecture, trainable, placement, workload)
         smallest = smallest_world(architecture, trainable, placement, workload)
@@ -78,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=METHOD.rank, help="of the LoRA experts")
     add("--targets", nargs="+", default=METHOD.targets, help="as in method.lora.targets: names or path patterns")
     add("--discriminator-outputs", type=int, default=METHOD.discriminator_outputs, help="0: no adversary")
+    add("--sub-experts", type=int, default=METHOD.sub_experts.number, help="of moses, on every weight")
+    add("--choose", type=int, default=METHOD.sub_experts.top_k, help="sub-experts that a task chooses")
+    add("--density", type=float, default=METHOD.sub_experts.density, help="share of a sub-expert that a task uses")
     add("--tokens", type=int, default=WORKLOAD.tokens, help="of a rank's micro-batch, padding included")
     add("--sequences", type=int, default=WORKLOAD.sequences, help="of a rank's micro-batch")
     add("--answer-tokens", type=int, default=WORKLOAD.answer_tokens, help="of a micro-batch: those that get logits")

@@ -143,7 +143,10 @@ def learn(
 
     say(world, f"\n== increment {increment.number}: {task.task}")
     with job.timed("train"):
-        trained = train(job, increment, task, key, stop, log)
+        learned = measurable(prepared, task, history, job.learning_digest) if job.method.rehearses(increment) else {}
+        trained = train(job, increment, task, key, stop, log, learned)
+    if tracker is not None and trained.account:
+        tracker.log_metrics(trained.steps, trained.account)
     job.seconds["step"] = statistics.median(step_seconds) if step_seconds else 0.0
     stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
     sample = config.evaluation.earlier_tasks, config.seed

@@ -31,7 +31,7 @@ def print_start(
     for name, task in prepared.items():
         rows = min(task.counts["train"]["kept"], config.rows.train or 10**12)
         steps = num_steps(rows, training.epochs, training.batch_size)
-        print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps")
+        print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps on them")
     inherited = ", ".join(f"{entry.increment} {entry.task} ({entry.verdict})" for entry in history.entries)
     print(f"inherited increments: {inherited or 'none'}", flush=True)
 

@@ -33,10 +33,17 @@ OPTIONS = """
 """
 LORA = "lora.rank lora.alpha lora.dropout lora.targets"
 METHOD_OPTIONS = {
-    "moe_cl": f"""{LORA} gate adversary.weight adversary.outputs adversary.negatives retention.policy retention.margin
+    "moe_cl": f"""{LORA} gate warm_start adversary.weight adversary.outputs adversary.negatives
+        retention.policy retention.margin
         learning_rates.shared learning_rates.dedicated learning_rates.gate learning_rates.discriminator""",
     "sequential": LORA,
     "per_task": LORA,
+    "replay": f"{LORA} share",
+    "multitask": LORA,
+    "ewc": f"{LORA} weight decay fisher_rows",
+    "olora": f"{LORA} weight",
+    "mocl": LORA,
+    "moses": f"{LORA} sub_experts top_k density head_start novelty",
     "zero_shot": "",
 }
 

@@ -22,12 +22,14 @@ class MicroBatch:
     pool: torch.Tensor  # (B, N * S): 1 at each token of a sequence, else 0
     positions: torch.Tensor  # (P,) flattened indices of the states that predict answer tokens
     targets: torch.Tensor  # (P,) the answer tokens, the end-of-answer token included
-    target_weight: torch.Tensor  # (P,) 1, or 0 for a spare row
+    target_weight: torch.Tensor  # (P,) 1, or 0 for a spare row or an answer that is not learned
     row_weight: torch.Tensor  # (B,) the same for sequences
     places: tuple[int, ...]  # place of each sequence in its global batch
+    sources: tuple[int, ...]  # task of each sequence: 0 the new one, k the k-th earlier one it goes back to
     step: int
     global_rows: int  # sequences of the global batch, over all ranks
     world_size: int
+    last: bool  # of this rank's passes over the global batch
 
     @property
     def num_tokens(self) -> int:
@@ -100,8 +102,14 @@ def collate(
     global_rows: int,
     world_size: int,
     device: torch.device,
+    sources: Sequence[int] | None = None,
+    learned: Sequence[bool] | None = None,
+    last: bool = True,
 ) -> MicroBatch:
-    """Prompt + answer + end of answer for each row; only answer tokens (and the end) are targets."""
+    """Prompt + answer + end of answer for each row; only answer tokens (and the end) are targets.
+
+    `sources` says which task each row is of (default: the new one), `learned` whether its answer counts (default: yes).
+    """
     closed = [[*answer, end_of_answer] for answer in answers]
     # the last token predicts nothing, so it is not read
     read = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, closed, strict=True)]
@@ -112,16 +120,20 @@ def collate(
         for offset in range(len(answer))
     ]
     targets = torch.tensor([token for answer in closed for token in answer])
+    counts = learned or [True] * len(closed)
+    target_weight = [weight * count for answer, count in zip(closed, counts, strict=True) for _ in answer]
     return MicroBatch(
         input_ids=packed.input_ids.to(device),
         position_ids=packed.position_ids.to(device),
         pool=packed.pool([len(sequence) for sequence in read]).to(device),
         positions=torch.tensor(positions, device=device),
         targets=targets.to(device),
-        target_weight=torch.full((len(targets),), weight, device=device),
+        target_weight=torch.tensor(target_weight, device=device),
         row_weight=torch.full((len(places),), weight, device=device),
         places=places,
+        sources=tuple(sources or [0] * len(places)),
         step=step,
         global_rows=global_rows,
         world_size=world_size,
+        last=last,
     )

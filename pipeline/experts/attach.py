@@ -14,6 +14,7 @@ from pipeline.backbones.families import PROJECTIONS, Family
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.linear import ExpertLinear
 from pipeline.experts.lora import LoraExpert, LoraOptions, LoraPair, targeted_projections
+from pipeline.experts.sub_experts import SparsePair, SubExperts
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ExpertPlan:
     num_discriminator_outputs: int = 0  # 0: no discriminator
     # of each component; None, or a component left out, takes training.learning_rate
     learning_rates: Mapping[str, float | None] = field(default_factory=dict)
+    sub_experts: SubExperts | None = None  # of every LoRA pair; None: it is one expert
 
 
 class Sharing(Protocol):
@@ -79,7 +81,10 @@ def attach_experts(
         setattr(layer, family.ffn, wrapped)
     for path, attention in family.attentions(model):
         for projection in targets.get(path, ()):
-            linear = ExpertLinear(getattr(attention, projection), f"{path}.{projection}", plan.roles, plan.lora)
+            frozen = getattr(attention, projection)
+            shape = (frozen.out_features, frozen.in_features)
+            pairs = {role: new_pair(plan, shape, frozen.weight) for role in plan.roles}
+            linear = ExpertLinear(frozen, f"{path}.{projection}", pairs, plan.lora)
             setattr(attention, projection, linear)
             experts.linears.append(linear)
     return experts
@@ -93,12 +98,19 @@ def lora_experts(
     weight = next(frozen.parameters())
     by_role = {}
     for role in plan.roles:
-        pairs = {name: LoraPair(shapes[name], plan.lora.rank, weight.dtype, _real(weight)) for name in projections}
+        pairs = {name: new_pair(plan, shapes[name], weight) for name in projections}
         by_role[role] = LoraExpert(pairs)
         if sharing and len(shapes["down_proj"]) == 3:
             for parameter in by_role[role].parameters():
                 sharing.own(parameter, num_experts)
     return by_role
+
+
+def new_pair(plan: ExpertPlan, shape: tuple[int, ...], weight: nn.Parameter) -> LoraPair:
+    """What one role adds to a frozen weight of that shape; `weight` has the dtype and the device."""
+    if plan.sub_experts is not None:
+        return SparsePair(shape, plan.lora.rank, plan.sub_experts, weight.dtype, _real(weight))
+    return LoraPair(shape, plan.lora.rank, weight.dtype, _real(weight))
 
 
 def _projection_shapes(frozen: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -120,20 +132,26 @@ def components_of(experts: Experts) -> Components:
     """Every trainable parameter under its component and its public name, e.g.
     `shared` -> `model.layers.3.mlp.gate_proj.lora_A` (R, D), or, of routed experts,
     `model.layers.3.mlp.experts.gate_proj.lora_A` (E, R, D); `gate` -> `model.layers.3.mlp.gate.weight` (roles, D)."""
-    components: Components = {}
-    for ffn in experts.ffns:
-        for part, by_role in ffn.experts.items():
-            path = ffn.path if part == "ffn" else f"{ffn.path}.{part}"
-            for role, expert in by_role.items():
-                for projection, pair in expert.items():
-                    for name, parameter in pair.named_parameters():
-                        components.setdefault(role, {})[f"{path}.{projection}.{name}"] = parameter
-    for linear in experts.linears:
-        for role, pair in linear.experts.items():
-            for name, parameter in pair.named_parameters():
-                components.setdefault(role, {})[f"{linear.path}.{name}"] = parameter
+    components: Components = {
+        role: {f"{path}.{name}": p for path, pair in pairs.items() for name, p in pair.named_parameters()}
+        for role, pairs in pairs_of(experts).items()
+    }
     for module in [*experts.ffns, *experts.linears]:
         for component in ("gate", "discriminator"):
             for name, parameter in getattr(module, component, nn.Module()).named_parameters():
                 components.setdefault(component, {})[f"{module.path}.{component}.{name}"] = parameter
     return components
+
+
+def pairs_of(experts: Experts) -> dict[str, dict[str, LoraPair]]:
+    """Every LoRA pair under its role and the public name of its projection, e.g. `model.layers.3.mlp.gate_proj`."""
+    pairs: dict[str, dict[str, LoraPair]] = {}
+    for ffn in experts.ffns:
+        for part, by_role in ffn.experts.items():
+            path = ffn.path if part == "ffn" else f"{ffn.path}.{part}"
+            for role, expert in by_role.items():
+                pairs.setdefault(role, {}).update({f"{path}.{name}": pair for name, pair in expert.items()})
+    for linear in experts.linears:
+        for role, pair in linear.experts.items():
+            pairs.setdefault(role, {})[linear.path] = pair
+    return pairs

@@ -81,6 +81,7 @@ class AdversaryStep:
     num_classes: int  # outputs in use; the others are masked
     scale: float
     negatives: Negatives | None = None
+    classes: torch.Tensor | None = None  # (B,): of each sequence, where not all are of the current task
     cross_entropy: list[torch.Tensor] = field(default_factory=list)  # one detached sum a layer, for the log
 
     @cached_property
@@ -99,7 +100,9 @@ class Discriminator(nn.Linear):
         """Sum of cross-entropies over the micro-batch; the gradient into `pooled` is reversed. Scalar, at least
         fp32.
         """
-        current = torch.full((pooled.shape[0],), step.class_index, device=pooled.device)
+        current = step.classes
+        if current is None:
+            current = torch.full((pooled.shape[0],), step.class_index, device=pooled.device)
         total = (self._cross_entropy(GradientReversal.apply(pooled), current, step) * step.row_weight).sum()
         if step.negatives is not None:
             drawn = step.negatives.features[layer].to(pooled.dtype)

@@ -183,7 +183,7 @@ class ExpertFFN(nn.Module):
         shape = Shape(counts, self.scaling, targeted, len(experts), dropout, pooled_rows, self._shared(), whole)
         if not isinstance(act_fn, (nn.SiLU, SiLUActivation)) or frozen.gate.requires_grad:
             return plain_mixed(shape, act_fn, x, dropped, beta, slot, share, frozen, experts)
-        lora = [p for expert in experts for name in targeted for p in (expert[name].lora_A, expert[name].lora_B)]
+        lora = [factor for expert in experts for name in targeted for factor in expert[name].factors()]
         return MixedSwiglu.apply(shape, x, dropped, beta, slot, share, *frozen, *lora)
 
     def _speaking(self, part: str) -> list[LoraExpert]:

@@ -1,5 +1,7 @@
 """A projection of the attention with LoRA experts: y = W x + sum_e beta_e L_e x, beta = softmax(G x)."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,17 +13,18 @@ from pipeline.experts.lora import LoraOptions, LoraPair
 class ExpertLinear(nn.Module):
     """Holds a frozen linear map and one LoRA pair for each role. A ZeRO-3 leaf module, like `ExpertFFN`."""
 
-    def __init__(self, linear: nn.Linear, path: str, roles: tuple[str, ...], lora: LoraOptions) -> None:
+    def __init__(self, linear: nn.Linear, path: str, pairs: Mapping[str, LoraPair], lora: LoraOptions) -> None:
+        """`pairs` are the LoRA pairs by role."""
         super().__init__()
         self.linear = linear
         self.path = path  # public: model.layers.3.self_attn.q_proj
+        roles = tuple(pairs)
         self.roles = self.active = roles  # `active` names the roles that speak, as in ExpertFFN
         self.scaling = lora.alpha / lora.rank
         self.dropout = nn.Dropout(lora.dropout)
         weight = linear.weight
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-        shape = (linear.out_features, linear.in_features)
-        self.experts = nn.ModuleDict({role: LoraPair(shape, lora.rank, weight.dtype, device) for role in roles})
+        self.experts = nn.ModuleDict(pairs)
         if len(roles) > 1:
             self.gate = nn.Linear(linear.in_features, len(roles), bias=False, dtype=weight.dtype, device=device)
         self.register_forward_pre_hook(require_input_gradient)
@@ -36,11 +39,11 @@ class ExpertLinear(nn.Module):
         y = F.linear(x, self.linear.weight, self.linear.bias)
         if not self.active:
             return y
-        pairs = [self.experts[role] for role in self.active]
-        low = F.linear(self.dropout(x), torch.cat([pair.lora_A for pair in pairs]))  # (..., roles * R)
+        pairs = [self.experts[role].factors() for role in self.active]
+        low = F.linear(self.dropout(x), torch.cat([lora_a for lora_a, _ in pairs]))  # (..., roles * R)
         if len(pairs) > 1:
             wide = torch.promote_types(x.dtype, torch.float32)
             beta = torch.softmax(F.linear(x, self.gate.weight), dim=-1, dtype=wide).to(x.dtype)
             beta = beta[..., [self.roles.index(role) for role in self.active]]
             low = (low.unflatten(-1, (len(pairs), -1)) * beta.unsqueeze(-1)).flatten(-2)
-        return y + F.linear(low, torch.cat([pair.lora_B for pair in pairs], dim=-1)) * self.scaling
+        return y + F.linear(low, torch.cat([lora_b for _, lora_b in pairs], dim=-1)) * self.scaling

@@ -20,6 +20,8 @@ from pipeline.backbones.families import ATTENTION_PROJECTIONS, PROJECTIONS, Fami
 from pipeline.config import Section
 from pipeline.files import sha256_text
 
+SCORE_SPREAD = 0.01  # scores of sub-experts start uniform from 0 to this
+
 
 class LoraOptions(Section):
     """Shape of the LoRA experts. `W x + (alpha / rank) B A x`."""
@@ -35,6 +37,8 @@ class LoraPair(nn.Module):
     """A (R, in) and B (out, R): the product B A is added to one frozen weight (out, in).
 
     For the routed experts of a block, (E, R, in) and (E, out, R): one pair an expert, those of this rank alone.
+
+    Frozen pairs of earlier tasks may be added on top: sum_k w_k B_k A_k is one pair of all their ranks, with w_k in B.
     """
 
     def __init__(self, weight_shape: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,6 +46,13 @@ class LoraPair(nn.Module):
         *experts, out_features, in_features = weight_shape
         self.lora_A = nn.Parameter(torch.zeros(*experts, rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, rank, dtype=dtype, device=device))
+        self.past: tuple[torch.Tensor, torch.Tensor] | None = None  # (..., P, in), (..., out, P): no parameters
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of all that is added to the frozen weight: (..., P + R, in) and (..., out, P + R)."""
+        if self.past is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.past[0], self.lora_A], dim=-2), torch.cat([self.past[1], self.lora_B], dim=-1)
 
 
 class LoraExpert(nn.ModuleDict):
@@ -98,17 +109,19 @@ def targeted_projections(family: Family, model: nn.Module, targets: Iterable[str
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: str, first_expert: int = 0) -> torch.Tensor:
-    """The start value of a trainable tensor, fp32 on CPU: A is uniform as PEFT's Kaiming start, everything else is
-    zero.
+    """The start value of a trainable tensor, fp32 on CPU: A is uniform as PEFT's Kaiming start, so are the scores of
+    sub-experts (`score_...`, from 0 to `SCORE_SPREAD`); everything else is zero.
 
     Drawn from (seed, name, routed expert) alone, so that it depends on neither the world size nor the order of
     creation; a rank draws its own routed experts, of which `first_expert` is the first.
     """
     value = torch.zeros(shape)
-    if name.endswith("lora_A"):
+    kind = name.rpartition(".")[2]
+    if kind == "lora_A" or kind.startswith("score_"):
         bound = 1.0 / math.sqrt(shape[-1])  # kaiming_uniform with a = sqrt(5)
+        low, high = (-bound, bound) if kind == "lora_A" else (0.0, SCORE_SPREAD)
         keys = [f"{seed}/{name}/{first_expert + e}" for e in range(shape[0])] if len(shape) == 3 else [f"{seed}/{name}"]
         for key, part in zip(keys, value if len(shape) == 3 else [value], strict=True):
             generator = torch.Generator().manual_seed(int(sha256_text(key)[:15], 16))
-            part.uniform_(-bound, bound, generator=generator)
+            part.uniform_(low, high, generator=generator)
     return value

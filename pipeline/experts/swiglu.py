@@ -90,9 +90,11 @@ def expert_hidden(
     pairs = [(i, name) for i, expert in enumerate(experts) for name in ("gate_proj", "up_proj") if name in expert]
     deltas = {}
     if pairs:
-        stacked = torch.cat([experts[i][name].lora_A for i, name in pairs], dim=-2)
-        for (i, name), low in zip(pairs, linear(x, stacked).chunk(len(pairs), dim=-1), strict=True):
-            deltas[i, name] = linear(low, experts[i][name].lora_B) * scaling
+        factors = [experts[i][name].factors() for i, name in pairs]
+        stacked = torch.cat([lora_a for lora_a, _ in factors], dim=-2)
+        lows = linear(x, stacked).chunk(len(pairs), dim=-1)
+        for key, low, (_, lora_b) in zip(pairs, lows, factors, strict=True):
+            deltas[key] = linear(low, lora_b) * scaling
     result = []
     for i in range(len(experts)):
         gate = a + deltas[i, "gate_proj"] if (i, "gate_proj") in deltas else a
@@ -107,9 +109,9 @@ def expert_down(
     """sum_e L_down,e h_e, (C, D); None where the down-projection is not targeted."""
     if "down_proj" not in experts[0]:
         return None
-    pairs = [expert["down_proj"] for expert in experts]
-    low = [linear(h, pair.lora_A) for h, pair in zip(hidden, pairs, strict=True)]
-    return linear(torch.cat(low, dim=-1), torch.cat([pair.lora_B for pair in pairs], dim=-1)) * scaling
+    factors = [expert["down_proj"].factors() for expert in experts]
+    low = [linear(h, lora_a) for h, (lora_a, _) in zip(hidden, factors, strict=True)]
+    return linear(torch.cat(low, dim=-1), torch.cat([lora_b for _, lora_b in factors], dim=-1)) * scaling
 
 
 def add(first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:

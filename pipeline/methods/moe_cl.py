@@ -5,15 +5,24 @@ Source: arXiv 2509.18133; formulas and what is done differently: METHODS section
 Method state of a task (in the bank): per adapted layer the mean and variance of the pooled shared-expert output over
 its rows (the prototype, (L, D) each) and its row of the discriminator ((L, D) weight, (L,) bias), so that a later
 increment can pose the task as a class again without its data.
+
+Ablations, all by configuration: `adversary.weight: 0` (no adversary); `adversary.negatives` none, prototypes, or replay
+(rows of the earlier tasks themselves, one for every new row, which the discriminator judges and nobody learns to
+answer: a step costs twice as much, and the earlier tasks' data must be kept); `retention.policy`; `gate` shared or per
+task; `warm_start` of the dedicated expert of a new task: fresh, or `similar`, which tries the expert and gate of at
+most 8 earlier tasks beside a fresh one and takes the start with the least loss on the new task's validation rows.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
-from pipeline.config import Section
+from pipeline.config import Section, TrainingConfig
 from pipeline.data.collate import MicroBatch
+from pipeline.data.mixing import rehearsal_batches
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.discriminator import AdversaryStep, Negatives
 from pipeline.experts.dual_ffn import ExpertFFN
@@ -21,13 +30,15 @@ from pipeline.experts.lora import LoraOptions
 from pipeline.files import sha256_text
 from pipeline.methods.protocol import Bundle, Increment, PlainLora, RetentionOptions, Tensors
 
+MAX_STARTS = 8  # earlier tasks' experts that a warm start tries
+
 
 class AdversaryOptions(Section):
     """The discriminator's game."""
 
     weight: float = Field(0.1, ge=0)  # of its cross-entropy in the loss; 0 turns it off
     outputs: int = Field(8, ge=2)  # the current task and at most outputs - 1 earlier ones, drawn by seed
-    negatives: Literal["none", "prototypes"] = "prototypes"  # what stands for the earlier tasks
+    negatives: Literal["none", "prototypes", "replay"] = "prototypes"  # what stands for the earlier tasks
 
 
 class LearningRates(Section):
@@ -44,6 +55,7 @@ class Options(Section):
 
     lora: LoraOptions = LoraOptions()
     gate: Literal["per_task", "shared"] = "per_task"  # shared is the paper's
+    warm_start: Literal["fresh", "similar"] = "fresh"  # of a new task's dedicated expert
     adversary: AdversaryOptions = AdversaryOptions()
     retention: RetentionOptions = RetentionOptions()
     learning_rates: LearningRates = LearningRates()
@@ -51,6 +63,8 @@ class Options(Section):
 
 class MoeCL(PlainLora):
     """The method; one object serves all increments of a job."""
+
+    learns_earlier_answers = False
 
     def __init__(self, options: Options) -> None:
         self.num_discriminator_outputs = options.adversary.outputs if options.adversary.weight > 0 else 0
@@ -74,14 +88,29 @@ class MoeCL(PlainLora):
             "gate": gate or latest.get("gate"),
         }
 
+    def starts(self, increment: Increment) -> list[dict[str, str | None]]:
+        """A new task may go on from an earlier one's dedicated expert, with the gate it was trained with."""
+        fresh = self.start(increment)
+        if self.options.warm_start == "fresh" or increment.task in increment.bundles:
+            return [fresh]
+        tried = ("dedicated", "gate") if self.options.gate == "per_task" else ("dedicated",)
+        earlier = self._drawn("start", increment, list(increment.order), MAX_STARTS)
+        return [fresh, *(fresh | {name: increment.bundles[task][name] for name in tried} for task in earlier)]
+
+    def rehearses(self, increment: Increment) -> tuple[str, ...]:
+        """The tasks that the discriminator tells apart, where their rows stand for them."""
+        return self.states_needed(increment) if self.options.adversary.negatives == "replay" else ()
+
+    def batches(self, increment: Increment, sizes: Sequence[int], training: TrainingConfig) -> list[np.ndarray]:
+        """With replayed negatives one old row for every new one."""
+        return rehearsal_batches(sizes, training.epochs, training.batch_size, 1.0, increment.seed, increment.number)
+
     def states_needed(self, increment: Increment) -> tuple[str, ...]:
         """The earlier tasks that this increment's discriminator tells apart, drawn by seed."""
         earlier = [task for task in increment.order if task != increment.task and increment.states.get(task)]
         if not self.num_discriminator_outputs:
             return ()
-        seed = int(sha256_text(f"discriminator/{increment.seed}/{increment.number}")[:15], 16)
-        drawn = torch.randperm(len(earlier), generator=torch.Generator().manual_seed(seed))
-        return tuple(earlier[i] for i in sorted(drawn[: self.num_discriminator_outputs - 1].tolist()))
+        return self._drawn("discriminator", increment, earlier, self.num_discriminator_outputs - 1)
 
     def begin(self, increment: Increment, ffns: list[ExpertFFN], start: Tensors) -> None:
         """Give each drawn task its discriminator row and prototype."""
@@ -112,6 +141,7 @@ class MoeCL(PlainLora):
             num_classes=len(self._classes),
             scale=self.options.adversary.weight * batch.world_size / (len(ffns) * sequences),
             negatives=self._draw(batch),
+            classes=torch.tensor(batch.sources, device=batch.input_ids.device) if any(batch.sources) else None,
         )
         self._pending = step.cross_entropy
         for ffn in ffns:
@@ -150,6 +180,13 @@ class MoeCL(PlainLora):
         """The shared expert moves on; the gate too where it is one for all (METHODS section 2)."""
         moved = {**old, "shared": new["shared"]}
         return {**moved, "gate": new["gate"]} if self.options.gate == "shared" else moved
+
+    @staticmethod
+    def _drawn(name: str, increment: Increment, tasks: list[str], most: int) -> tuple[str, ...]:
+        """At most `most` of the tasks, in their order, drawn by seed and increment."""
+        seed = int(sha256_text(f"{name}/{increment.seed}/{increment.number}")[:15], 16)
+        drawn = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(seed))
+        return tuple(tasks[i] for i in sorted(drawn[:most].tolist()))
 
     def _draw(self, batch: MicroBatch) -> Negatives | None:
         """One earlier task's pooled features for every row, from (seed, increment, step, row) alone."""

@@ -5,7 +5,7 @@ from the bank (DESIGN section 9).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.backbones.checkpoint import Checkpoint
 from pipeline.backbones.families import PROJECTIONS, family_of
 from pipeline.backbones.load import load_config, skeleton
 from pipeline.config import StreamConfig
-from pipeline.experts.attach import Components, ExpertPlan, Experts, attach_experts, components_of
+from pipeline.experts.attach import Components, ExpertPlan, Experts, attach_experts, components_of, pairs_of
 from pipeline.experts.checkpointing import checkpoint_activations
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.linear import ExpertLinear
@@ -29,7 +29,7 @@ from pipeline.experts.lora import targeted_projections
 from pipeline.placement.distributed import World
 from pipeline.placement.expert_parallel import Marker, check_degrees, join, share_out
 from pipeline.placement.materialise import materialise, stock_tensors
-from pipeline.placement.state import Source, full_shape, write_weights
+from pipeline.placement.state import Source, experts_of, full_shape, write_weights
 
 # what the stream says, the DeepSpeed file must not say again
 _OWNED_BY_STREAM = {
@@ -80,6 +80,22 @@ class Learner:
     def fill(self, component: str, values: Source) -> None:
         """Write a component's tensors, by public name, into the working weights of their slots."""
         write_weights(self.components[component], values)
+
+    @torch.no_grad()
+    def set_past(self, role: str, past: Sequence[tuple[Source, float]]) -> None:
+        """Add frozen LoRA experts, weighted, to a role's own wherever it speaks; none takes them away.
+
+        They are not parameters: no rank shares them out but by routed experts, and nothing is trained in them. In the
+        working precision sum_k w_k B_k A_k has rank sum_k R_k, and costs as much.
+        """
+        for path, pair in pairs_of(self.experts)[role].items():
+            parts = [(pair.lora_A, "lora_A"), (pair.lora_B, "lora_B")]
+            read = [[s.read(f"{path}.{name}", experts_of(p)) for s, _ in past] for p, name in parts]
+            pair.past = None
+            if past:
+                weighted = [lora_b * weight for lora_b, (_, weight) in zip(read[1], past, strict=True)]
+                stacked = torch.cat(read[0], dim=-2), torch.cat(weighted, dim=-1)
+                pair.past = tuple(t.to(self.world.device, pair.lora_A.dtype) for t in stacked)
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:

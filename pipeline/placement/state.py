@@ -19,10 +19,13 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     groups,
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
+    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
 from torch import nn
@@ -96,6 +99,29 @@ def write_weights(parameters: Mapping[str, nn.Parameter], values: Source) -> Non
     """Copy tensors into the working weights (in their own dtype); the optimizer's master values stay as they are."""
     for name, parameter in parameters.items():
         _write(parameter, _own_part(values, name, parameter))
+
+
+def own_value(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of the fp32 master value, with this rank's routed experts alone, on the device. Collective."""
+    return safe_get_full_fp32_param(parameter).detach().view(local_shape(parameter)).clone()
+
+
+def add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    """Add to the gradient that the engine's next step applies; `gradient` is shaped as `own_value`. To be called
+    between the last backward and the step, on all ranks alike.
+    """
+    if hasattr(parameter, "ds_id"):
+        safe_set_local_grad(parameter, safe_get_local_grad(parameter) + _local_part(parameter, gradient))
+    elif parameter._hp_mapping is not None:  # this rank's part of the optimizer holds some of it
+        part = parameter._hp_mapping
+        place = part.lp_fragment_address
+        held = part.get_lp_grad_fragment(parameter._index_in_param_group)
+        held.add_(gradient.flatten().narrow(0, place.start, place.numel).view_as(held))
+
+
+def whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient after the last backward, with this rank's routed experts alone, fp32. Collective."""
+    return safe_get_full_grad(parameter).detach().view(local_shape(parameter)).float()
 
 
 def experts_of(parameter: nn.Parameter) -> Experts:

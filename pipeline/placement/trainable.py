@@ -6,16 +6,17 @@ Legend: D model width, F FFN width, E routed experts, R LoRA rank, M discriminat
 """
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data_contracts.errors import UserError
+from pipeline.experts.sub_experts import SubExperts, num_kept
 from pipeline.placement.architecture import Architecture, TensorSpec
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROLES = {  # method -> its LoRA experts; more than one are mixed by a gate
     "moe_cl": ("shared", "dedicated"),
-    "sequential": ("adapter",),
-    "per_task": ("adapter",),
+    **dict.fromkeys(("sequential", "per_task", "replay", "multitask", "ewc", "olora", "mocl"), ("adapter",)),
+    "moses": ("adapter",),
     "zero_shot": (),
 }
 KINDS = ("lora_attention", "lora_dense_ffn", "lora_always_on", "lora_routed_experts", "gate", "discriminator")
@@ -29,6 +30,7 @@ class MethodChoice:
     rank: int = 8
     targets: tuple[str, ...] = PROJECTIONS  # names, or patterns over a projection's path
     discriminator_outputs: int = 8  # of moe_cl; 0: no adversary
+    sub_experts: SubExperts = field(default_factory=SubExperts)  # of moses
 
     def __post_init__(self) -> None:
         if self.name not in ROLES:
@@ -37,6 +39,12 @@ class MethodChoice:
             raise UserError(f"--rank is {self.rank}; a LoRA expert has a rank of at least 1")
         if self.discriminator_outputs < 0 or self.discriminator_outputs == 1:
             raise UserError(f"--discriminator-outputs is {self.discriminator_outputs}; 2 or more, or 0 for none")
+        pool = self.sub_experts
+        if not 1 <= pool.top_k <= pool.number or not 0 < pool.density <= 1:
+            raise UserError(
+                f"--sub-experts {pool.number}, --choose {pool.top_k}, --density {pool.density}: a task chooses from 1 "
+                "to all sub-experts, and of each a share above 0 and up to 1"
+            )
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -77,7 +85,7 @@ def trainable_of(architecture: Architecture, method: MethodChoice) -> Trainable:
         parts = [part for part in _projections(architecture, layer) if _matches(part.path, method.targets, unused)]
         for part in parts:
             for role in method.roles:
-                tensors += part.pair(role, method.rank)
+                tensors += part.trained(role, method)
             if part.kind == "lora_attention" and len(method.roles) > 1:
                 tensors.append(_gate(part.path, (len(method.roles), part.in_features), layer))
         if all(part.kind == "lora_attention" for part in parts):
@@ -113,14 +121,25 @@ def bank_growth(architecture: Architecture, trainable: Trainable) -> dict[str, i
     left out.
 
     Every increment publishes a new version of each component of the serving bundle; `state` holds the task's prototype
-    (mean and variance, (L, D) each) and its row of the discriminator ((L, D) and (L,)).
+    (mean and variance, (L, D) each) and its row of the discriminator ((L, D) and (L,)), of `ewc` the Fisher information
+    of every trained element, of `mocl` and `moses` the task's vector (D,). Of `moses` it is what the first task adds,
+    and the most that one can.
     """
+    if trainable.method.name == "moses":
+        parts = _projections(architecture, None)
+        adapted = [part for part in parts if _matches(part.path, trainable.method.targets, set())]
+        claims = sum(part.claim_bytes(trainable.method) for part in adapted)
+        return {"adapter": claims, "state": 4 * architecture.hidden_size}
     growth: dict[str, int] = {}
     for tensor in trainable.tensors:
         if tensor.component != "discriminator":
             growth[tensor.component] = growth.get(tensor.component, 0) + 4 * tensor.numel
     if trainable.method.plays:
         growth["state"] = 4 * len(trainable.adapted_layers) * (3 * architecture.hidden_size + 1)
+    if trainable.method.name == "ewc":
+        growth["state"] = 4 * trainable.parameters
+    if trainable.method.name == "mocl":
+        growth["state"] = 4 * architecture.hidden_size
     return growth
 
 
@@ -135,14 +154,30 @@ class _Projection:
     in_features: int
     num_experts: int = 0  # stacked along the first dimension; 0: one map, no such dimension
 
-    def pair(self, role: str, rank: int) -> list[TensorSpec]:
-        """A (R, in) and B (out, R), or one of each per routed expert."""
-        stack = (self.num_experts,) if self.num_experts else ()
+    def trained(self, role: str, method: MethodChoice) -> list[TensorSpec]:
+        """A (R, in) and B (out, R), or one of each per routed expert; of sub-experts their scores and matches too."""
+        stack, number = (self.num_experts,) if self.num_experts else (), method.sub_experts.number
+        rank = method.rank * (number if method.name == "moses" else 1)
         shapes = {"lora_A": (*stack, rank, self.in_features), "lora_B": (*stack, self.out_features, rank)}
+        if method.name == "moses":
+            shapes |= {f"score_{side}": (*stack, number, size) for side, size in self.blocks(method).items()}
+            shapes["match"] = (*stack, number, 1)
         return [
             TensorSpec(f"{self.path}.{name}", shape, self.kind, self.layer, bool(stack), component=role)
             for name, shape in shapes.items()
         ]
+
+    def blocks(self, method: MethodChoice) -> dict[str, int]:
+        """Parameters of one sub-expert's A and B."""
+        return {"A": method.rank * self.in_features, "B": method.rank * self.out_features}
+
+    def claim_bytes(self, method: MethodChoice) -> int:
+        """Bytes that a task stores of it if nothing that it uses is claimed (experts/claims.py)."""
+        top_k, total = method.sub_experts.top_k, 5  # a number and a weight
+        for size in self.blocks(method).values():
+            kept = num_kept(size, method.sub_experts.density)
+            total += -(-size // 8) + -(-kept // 8) + 4 * kept
+        return max(1, self.num_experts) * top_k * total
 
 
 def _projections(architecture: Architecture, layer: int | None) -> list[_Projection]:

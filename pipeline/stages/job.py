@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.config import StreamConfig
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, sha256_text
-from pipeline.methods.protocol import Bundle, Method
+from pipeline.methods.protocol import PAST, PAST_WEIGHTS, Bundle, Method, own_of, past_of
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
 from pipeline.startup import StartClock
@@ -48,7 +48,7 @@ class Job:
     tokenizer: PreTrainedTokenizerFast
     learner: Learner
     bank: Bank
-    loaded: Bundle
+    loaded: dict[str, str]
     clock: StartClock = field(default_factory=StartClock)
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part
 
@@ -90,9 +90,36 @@ class Job:
         """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone.
         Collective.
         """
-        missing = {component: digest for component, digest in bundle.items() if self.loaded.get(component) != digest}
+        roles = self.method.plan.roles if self.method.plan else ()
+        self.learner.set_active(tuple(role for role in roles if role in bundle))
+        if self.method.packs:
+            self._unpack(bundle)
+            return
+        own = own_of(bundle)
+        missing = {component: digest for component, digest in own.items() if self.loaded.get(component) != digest}
         for component, digest in missing.items():
             self.learner.fill(component, self.open_bank(digest))
         self.loaded.update(missing)
-        roles = self.method.plan.roles if self.method.plan else ()
-        self.learner.set_active(tuple(role for role in roles if role in bundle))
+        if own:
+            self.add_past(past_of(bundle), bundle.get(PAST_WEIGHTS))
+
+    def add_past(self, digests: list[str], weights: str | None) -> None:
+        """Let the experts of earlier tasks speak along with the first role's own, weighed as the bank file `weights`
+        says (None: all alike), and no others. Collective.
+        """
+        role = self.method.plan.roles[0]
+        wanted = canonical_json([digests, weights])
+        if self.loaded.get(PAST) == wanted:
+            return
+        each = [1.0] * len(digests) if weights is None else self.read_bank([weights])[weights]["weights"].tolist()
+        files = [self.open_bank(digest) for digest in digests]
+        self.learner.set_past(role, list(zip(files, each, strict=True)))
+        self.loaded[PAST] = wanted
+
+    def _unpack(self, bundle: Bundle) -> None:
+        """Fill the slots with a bundle in the method's own form. Collective."""
+        wanted = canonical_json(bundle)
+        if bundle and self.loaded.get("packed") != wanted:
+            own, *past = (self.open_bank(d) for d in (bundle[self.method.plan.roles[0]], *past_of(bundle)))
+            self.method.unpack(self.learner, own, past)
+            self.loaded["packed"] = wanted

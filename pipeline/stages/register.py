@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.tokens import PreparedTask
 from pipeline.files import canonical_json, sha256_file, write_atomic
-from pipeline.methods.protocol import Increment
+from pipeline.methods.protocol import PAST, Increment
 from pipeline.stages.evaluate import Evaluated
 from pipeline.stages.gate import Verdict
 from pipeline.stages.job import Job
@@ -72,12 +72,12 @@ def register(
         data={split: data_record(prepared, split) for split in prepared.splits},
         learning=job.config.learning(),
         learning_digest=job.learning_digest,
-        training={"steps": trained.steps, "rows_consumed": trained.rows_consumed},
+        training={"steps": trained.steps, "rows_consumed": trained.rows_consumed} | trained.account,
         backbone=context.backbone,
         method=job.config.method["name"],
         verdict="promoted" if verdict.promoted else "rejected",
         bundles=evaluated.bundles if verdict.promoted else {},
-        bank=trained.bundle | trained.state,
+        bank={name: sha for name, sha in trained.bundle.items() if not name.startswith(PAST)} | trained.state,
         state=trained.state if verdict.promoted else {},
         row=evaluated.row,
         validation_row=evaluated.validation_row,

@@ -1,19 +1,22 @@
 """Stage 3: train the active experts on one task; what they became goes into the bank."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from pipeline.data.tokens import PreparedTask
+from data_contracts.errors import UserError
+from pipeline.data.mixing import JoinedRows
+from pipeline.data.tokens import PreparedTask, RowView
 from pipeline.experts.lora import initial_value
-from pipeline.methods.protocol import Bundle, Increment, Tensors
-from pipeline.placement.state import full_shape, gather_values, stream_values
+from pipeline.methods.protocol import PAST, PAST_WEIGHTS, Bundle, Increment, Tensors
+from pipeline.placement.state import full_shape, gather_values, stream_values, write_weights
 from pipeline.stages.job import Job
 from pipeline.tensor_files import Experts, TensorFile
 from pipeline.training.loop import StepLog, train_rows
 from pipeline.training.pooled import pooled_statistics
 from pipeline.training.stop import StopFlag
+from pipeline.training.study import RowStudy, answer_loss
 
 
 @dataclass(frozen=True)
@@ -25,28 +28,42 @@ class Trained:
     steps: int
     rows_consumed: int
     continuations: int
+    account: dict[str, int] = field(default_factory=dict)  # the method's own numbers
 
 
 def train(
-    job: Job, increment: Increment, prepared: PreparedTask, key: str, stop: StopFlag, on_step: Callable[[StepLog], None]
+    job: Job,
+    increment: Increment,
+    prepared: PreparedTask,
+    key: str,
+    stop: StopFlag,
+    on_step: Callable[[StepLog], None],
+    learned: Mapping[str, PreparedTask] | None = None,
 ) -> Trained:
     """Train one increment from the champion's experts, or go on from its in-flight state. Collective.
 
-    `key` names the increment's inputs. Raises StoppedOnRequest with the state saved.
+    `key` names the increment's inputs; `learned` are the earlier tasks whose rows are at hand. Raises StoppedOnRequest
+    with the state saved, UserError where the method goes back to a task that is not at hand.
     """
     method, config, learner = job.method, job.config, job.learner
     if method.plan is None:
         return Trained({}, {}, 0, 0, 0)
-    start = start_values(job, increment)
+    rows = prepared.rows("train", config.rows.train, config.seed)
+    parts = [rows, *earlier_rows(job, increment, learned or {})]
+    study = RowStudy(learner, rows, config.evaluation.batch_tokens)
+    job.loaded.clear()
+    past = method.past(increment, study)
+    beside = {} if method.packs else add_past(job, increment, past)
+    if method.packs:
+        method.learn_beside(learner, [(job.open_bank(digest), weight) for digest, weight in past])
+    start = start_values(job, increment, choose_start(job, increment, prepared))
     method.begin(increment, learner.ffns, start.drawn)
     learner.set_active(method.plan.roles)
-    job.loaded.clear()
-    rows = prepared.rows("train", config.rows.train, config.seed)
     result = train_rows(
         learner,
         method,
         config,
-        rows,
+        rows if len(parts) == 1 else JoinedRows(parts, method.learns_earlier_answers),
         start,
         seed=config.seed,
         inflight=job.inflight,
@@ -54,15 +71,81 @@ def train(
         title=f"increment {increment.number} {increment.task}",
         stop=stop,
         on_step=on_step,
+        batches=method.batches(increment, [len(part) for part in parts], config.training),
     )
+    job.loaded.clear()
     pooled = pooled_statistics(learner, rows, config.evaluation.batch_tokens) if method.wants_pooled() else None
     published = method.published()
     kept = {name: p for name, p in learner.parameters.items() if name.partition("/")[0] not in published}
-    state = method.state(pooled, gather_values(kept))
-    bundle = {component: publish(job, increment.task, component) for component in published}
-    note = {"task": increment.task, "method": config.method["name"], "component": "state"}
-    states = {"state": job.world.on_main(lambda: job.bank.put(state, note))} if state else {}
-    return Trained(bundle, states, result.steps, result.rows_consumed, result.continuations)
+    state = method.state(pooled, gather_values(kept)) | method.learned(study)
+    account: dict[str, int] = {}
+    if method.packs:
+        bundle, account = publish_packed(job, increment.task, [digest for digest, _ in past])
+    else:
+        bundle = {component: publish(job, increment.task, component) for component in published} | beside
+    states = {"state": put(job, increment.task, "state", state)} if state else {}
+    return Trained(bundle, states, result.steps, result.rows_consumed, result.continuations, account)
+
+
+def earlier_rows(job: Job, increment: Increment, learned: Mapping[str, PreparedTask]) -> list[RowView]:
+    """Training rows of the earlier tasks that the method goes back to. Raises UserError for one that is not at hand."""
+    tasks = job.method.rehearses(increment)
+    if missing := [task for task in tasks if task not in learned]:
+        raise UserError(
+            f"method {job.config.method['name']} learns from the rows of {missing[0]} again, which is learned but not "
+            "in the stream with the data it was learned from; name its contract in tasks, before "
+            f"{increment.task}, or choose a method without old data"
+        )
+    return [learned[task].rows("train", job.config.rows.train, job.config.seed) for task in tasks]
+
+
+def add_past(job: Job, increment: Increment, past: Sequence[tuple[str, float]]) -> Bundle:
+    """Let the earlier experts that the method names speak along; returns how a bundle says so. Collective."""
+    weights = None
+    if any(weight != 1.0 for _, weight in past):
+        weights = put(job, increment.task, PAST_WEIGHTS, {"weights": torch.tensor([weight for _, weight in past])})
+    digests = [digest for digest, _ in past]
+    job.add_past(digests, weights)
+    return bundle_past(digests) | ({PAST_WEIGHTS: weights} if weights else {})
+
+
+def bundle_past(digests: Sequence[str]) -> Bundle:
+    """How a bundle names experts of earlier tasks."""
+    return {f"{PAST}{number}": digest for number, digest in enumerate(digests, start=1)}
+
+
+def publish_packed(job: Job, task: str, past: Sequence[str]) -> tuple[Bundle, dict[str, int]]:
+    """Put what was trained into the bank in the method's own form; the bundle, and the account of it. Collective."""
+    packed, role = job.method.pack(job.learner), job.method.plan.roles[0]
+    if job.world.is_main:
+        print("  " + ", ".join(f"{name} {number:,}" for name, number in packed.account.items()), flush=True)
+    bundle = {role: put(job, task, role, packed.tensors)} | bundle_past([past[number] for number in packed.reads])
+    return bundle, packed.account
+
+
+def choose_start(job: Job, increment: Increment, prepared: PreparedTask) -> dict[str, str | None]:
+    """Of the starts that the method names, the one with the least loss on validation rows. Collective."""
+    choices = job.method.starts(increment)
+    if len(choices) == 1:
+        return choices[0]
+    config, learner = job.config, job.learner
+    rows = prepared.rows("validation", config.rows.validation, config.seed)
+    learner.set_active(job.method.plan.roles)
+    losses = []
+    for choice in choices:
+        write_weights(learner.parameters, start_values(job, increment, choice))
+        losses.append(answer_loss(learner, rows, config.evaluation.batch_tokens))
+    best = min(range(len(choices)), key=losses.__getitem__)
+    if job.world.is_main:
+        told = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"  start {best + 1} of {len(choices)} has the least validation loss: {told}", flush=True)
+    return choices[best]
+
+
+def put(job: Job, task: str, component: str, tensors: Tensors) -> str:
+    """Put small tensors that every rank holds into the bank; returns their digest. Collective."""
+    note = {"task": task, "method": job.config.method["name"], "component": component}
+    return job.world.on_main(lambda: job.bank.put(tensors, note))
 
 
 def publish(job: Job, task: str, component: str) -> str:
@@ -101,9 +184,12 @@ class Start:
         return initial_value(tensor, tuple(shape), f"{self.seed}/{component}", experts[0] if experts else 0)
 
 
-def start_values(job: Job, increment: Increment) -> Start:
-    """The bank files that the method names, and seeded values for the rest. Collective."""
-    files = {component: job.open_bank(digest) for component, digest in job.method.start(increment).items() if digest}
+def start_values(job: Job, increment: Increment, chosen: Mapping[str, str | None] | None = None) -> Start:
+    """The bank files that the method names, or those of a start of its choice, and seeded values for the rest.
+    Collective.
+    """
+    named = job.method.start(increment) if chosen is None else chosen
+    files = {component: job.open_bank(digest) for component, digest in named.items() if digest}
     shapes = {name: full_shape(parameter) for name, parameter in job.learner.parameters.items()}
     start = Start(files, f"{job.config.seed}/{increment.number}", shapes, {})
     unpublished = [name for name in shapes if name.partition("/")[0] not in job.method.published()]

@@ -115,7 +115,7 @@ class Manifest(Record):
     data: dict[RoleName, DataRecord]  # by split
     learning: PlainDict
     learning_digest: Sha256  # of `learning` in canonical JSON
-    training: dict[str, int] = Field(default_factory=dict)  # the account of training: steps, rows consumed
+    training: dict[str, int] = Field(default_factory=dict)  # steps, rows consumed, the method's own account
     backbone: BackboneRecord
     method: str
     verdict: Literal["promoted", "rejected"]

@@ -11,16 +11,26 @@ def check_gradients(learner: Learner) -> None:
     """After the first backward: every active expert's B has a gradient, nothing outside the optimizer has one.
     Collective.
 
-    Of the routed experts of a block one is enough: the others may have got no token.
+    Of the routed experts of a block one is enough: the others may have got no token. Of sub-experts the scores of B are
+    enough: all that the mask holds of B may be earlier tasks'.
     """
-    for name, parameter in learner.parameters.items():
+    parameters = learner.parameters
+    for name, parameter in parameters.items():
         if name.endswith("lora_B"):
-            gradient = safe_get_full_grad(parameter)
-            if gradient is None or not whole_over_experts(parameter, gradient.view(local_shape(parameter))).any():
+            scores = parameters.get(name.removesuffix("lora_B") + "score_B")
+            if not _has_gradient(parameter) and (scores is None or not _has_gradient(scores)):
                 raise AssertionError(
                     f"{name} got no gradient from the first batch: its expert is not on the way to the loss"
                 )
     check_optimizer(learner)
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Whether any element has one. Collective, the same on every rank."""
+    gradient = safe_get_full_grad(parameter)
+    return gradient is not None and bool(
+        whole_over_experts(parameter, gradient.view(local_shape(parameter))).any().item()
+    )
 
 
 def check_optimizer(learner: Learner) -> None:

@@ -4,17 +4,18 @@ request.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pipeline.config import StreamConfig, TrainingConfig
-from pipeline.data.batching import global_batch, num_steps, row_order
 from pipeline.data.collate import MicroBatch
+from pipeline.data.mixing import JoinedRows, plain_batches
 from pipeline.data.tokens import RowView
 from pipeline.files import sha256_text
 from pipeline.methods.protocol import Method
@@ -22,7 +23,8 @@ from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
 from pipeline.training.checks import check_gradients
 from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
-from pipeline.training.prefetch import one_ahead, passes_of, read_batches
+from pipeline.training.penalty import add_penalties
+from pipeline.training.prefetch import one_ahead, read_batches
 from pipeline.training.progress import Progress
 from pipeline.training.schedule import rate, routed_ratio
 from pipeline.training.stop import StopFlag, StoppedOnRequest
@@ -34,7 +36,7 @@ class StepLog:
 
     step: int  # from 1
     loss: float  # per answer token
-    terms: dict[str, float]  # what the method added, per sequence
+    terms: dict[str, float]  # what the method added: per sequence, and its `penalty`
     learning_rate: float  # of training.learning_rate; components scale with it
     grad_norm: float
     tokens: int  # over all ranks, padding left out
@@ -54,7 +56,7 @@ def train_rows(
     learner: Learner,
     method: Method,
     config: StreamConfig,
-    rows: RowView,
+    rows: RowView | JoinedRows,
     start: Source,
     *,
     seed: int,
@@ -63,18 +65,21 @@ def train_rows(
     title: str,
     stop: StopFlag,
     on_step: Callable[[StepLog], None] = lambda log: None,
+    batches: Sequence[np.ndarray] | None = None,
 ) -> TrainResult:
     """Train the active components on `rows` from the start values, or from the in-flight state of the same `key`.
 
-    Raises StoppedOnRequest on all ranks, with the state saved, when any rank was asked to stop.
+    `batches` are the row numbers of every global batch (default: `plain_batches`). Raises StoppedOnRequest on all
+    ranks, with the state saved, when any rank was asked to stop.
     """
     world, settings = learner.world, config.training
-    total = num_steps(len(rows), settings.epochs, settings.batch_size)
-    order = row_order(len(rows), settings.epochs, seed)
+    batches = batches or plain_batches(len(rows), settings.epochs, settings.batch_size, seed)
+    total = len(batches)
     saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
     step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
     values, moments = open_inflight(inflight) if saved else (start, {})
     restore_state(learner.engine, learner.parameters, values, moments, step)
+    penalties = method.penalties(learner, start)
     world.barrier()  # nobody replaces the file while another rank reads it
     learner.model.train()
     progress = Progress(title, total, start=step, show=world.is_main)
@@ -89,39 +94,39 @@ def train_rows(
             for _ in tensors:  # takes part in the gathering
                 pass
 
-    ready = one_ahead(
-        batch
-        for number in range(step, total)
-        for batch in read_batches(world, settings, rows, global_batch(order, number, settings.batch_size), number)
+    coming = (
+        batch for number in range(step, total) for batch in read_batches(world, settings, rows, batches[number], number)
     )
-    while step < total:
-        begin = time.monotonic()
-        chosen = global_batch(order, step, settings.batch_size)
-        factor = rate(step, total, settings.warmup_fraction)
-        for group in learner.engine.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
-        sums = run_global_batch(learner, method, config, rows, chosen, step, seed, ready)
-        learner.engine.step()
-        step += 1
-        nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
-        loss = nll / answer_tokens
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{title}: the loss is {loss} at step {step} (rows {chosen.tolist()}); nothing was published; "
-                "lower training.learning_rate or turn on training.gradient_clipping"
-            )
-        named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)}
-        tokens = int(rows.lengths[chosen].sum())
-        norm = float(learner.engine.get_global_grad_norm() or 0.0)
-        on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
-        progress.update(step, tokens, {"loss": loss, **named, "lr": settings.learning_rate * factor})
-        if asked:
-            save(step)
-            world.barrier()
-            raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
-        if step % settings.save_every == 0 or step == total:
-            save(step)
-    return TrainResult(total, len(order), continuations)
+    with closing(one_ahead(coming)) as ready:
+        while step < total:
+            begin = time.monotonic()
+            chosen = batches[step]
+            factor = rate(step, total, settings.warmup_fraction)
+            for group in learner.engine.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
+            sums = run_global_batch(learner, method, config, rows, chosen, step, seed, ready)
+            penalty = add_penalties(learner, penalties)
+            learner.engine.step()
+            step += 1
+            nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
+            loss = nll / answer_tokens
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"{title}: the loss is {loss} at step {step} (rows {chosen.tolist()}); nothing was published; "
+                    "lower training.learning_rate or turn on training.gradient_clipping"
+                )
+            named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)} | penalty
+            tokens = int(rows.lengths[chosen].sum())
+            norm = float(learner.engine.get_global_grad_norm() or 0.0)
+            on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
+            progress.update(step, tokens, {"loss": loss, **named, "lr": settings.learning_rate * factor})
+            if asked:
+                save(step)
+                world.barrier()
+                raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
+            if step % settings.save_every == 0 or step == total:
+                save(step)
+    return TrainResult(total, sum(map(len, batches)), continuations)
 
 
 @dataclass
@@ -136,8 +141,8 @@ def run_global_batch(
     learner: Learner,
     method: Method,
     config: StreamConfig,
-    rows: RowView,
-    chosen,
+    rows: RowView | JoinedRows,
+    chosen: np.ndarray,
     step: int,
     seed: int,
     ready: Iterator[MicroBatch] | None = None,
@@ -150,22 +155,23 @@ def run_global_batch(
     DeepSpeed's gradient average divides by again: world size and accumulation change nothing.
     """
     world, settings = learner.world, config.training
-    num_passes = len(passes_of(world, settings, rows, chosen))
     ready = ready or read_batches(world, settings, rows, chosen, step)
     answer_tokens = int(rows.answer_lengths[chosen].sum())
     # dropout masks come from (seed, step, rank): a continued run draws what an unbroken one draws
     torch.manual_seed(int(sha256_text(f"dropout/{seed}/{step}/{world.rank}")[:15], 16))
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
-    for index, read in enumerate(islice(ready, num_passes)):
+    for read in ready:
         batch = read.to(world.device)
-        learner.engine.set_gradient_accumulation_boundary(index == num_passes - 1)
+        learner.engine.set_gradient_accumulation_boundary(batch.last)
         nll, added = forward(learner, method, batch)
         learner.engine.backward(nll * (world.size / answer_tokens))
         nll_sum += nll.item()
         own_tokens += batch.target_weight.sum().item()
         for name, value in added.items():
             terms[name] = terms.get(name, 0.0) + value
+        if batch.last:
+            break
     if step == 0:
         check_gradients(learner)
     return BatchSums((nll_sum, own_tokens), terms)

@@ -10,6 +10,7 @@ import torch
 from pipeline.config import TrainingConfig
 from pipeline.data.batching import MicroRows, micro_batches
 from pipeline.data.collate import MicroBatch, collate
+from pipeline.data.mixing import JoinedRows
 from pipeline.data.tokens import RowView
 from pipeline.placement.distributed import World
 
@@ -17,18 +18,23 @@ T = TypeVar("T")
 _END = object()
 
 
-def passes_of(world: World, settings: TrainingConfig, rows: RowView, chosen: np.ndarray) -> list[MicroRows]:
+def passes_of(
+    world: World, settings: TrainingConfig, rows: RowView | JoinedRows, chosen: np.ndarray
+) -> list[MicroRows]:
     """This rank's forward passes over the global batch of rows `chosen`."""
     lengths = rows.lengths[chosen].tolist()
     return micro_batches(lengths, world.rank, world.size, settings.micro_batch_size, settings.micro_batch_tokens)
 
 
 def read_batches(
-    world: World, settings: TrainingConfig, rows: RowView, chosen: np.ndarray, step: int
+    world: World, settings: TrainingConfig, rows: RowView | JoinedRows, chosen: np.ndarray, step: int
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of `passes_of`, read and collated, in host memory."""
-    for part in passes_of(world, settings, rows, chosen):
-        prompts, answers = rows.tokens(chosen[list(part.places)])
+    """The micro-batches of `passes_of`, read and collated, in host memory; of joined rows, each row's task too."""
+    passes = passes_of(world, settings, rows, chosen)
+    for number, part in enumerate(passes, start=1):
+        own = chosen[list(part.places)]
+        prompts, answers = rows.tokens(own)
+        joined = isinstance(rows, JoinedRows)
         yield collate(
             prompts,
             answers,
@@ -39,6 +45,9 @@ def read_batches(
             global_rows=len(chosen),
             world_size=world.size,
             device=torch.device("cpu"),
+            sources=rows.sources(own) if joined else None,
+            learned=(rows.answer_lengths[own] > 0).tolist() if joined else None,
+            last=number == len(passes),
         )
 
 

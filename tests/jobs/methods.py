@@ -13,8 +13,10 @@ FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e
 def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done]]:
     """Two tasks in a plain process, one stream after another; {name: (work_dir, what became of it)}.
 
-    `guarded` is `sequential` behind a gate against regression.
+    `guarded` is `sequential` behind a gate against regression; `ablated` is moe_cl with replayed negatives and a warm
+    start.
     """
+    ablated = LEARNING["method"] | {"adversary": {"negatives": "replay"}, "warm_start": "similar"}
     follow = LEARNING["method"] | {"retention": {"policy": "follow"}}
     sequential = {"name": "sequential", "lora": LORA}
     once = {"training": FAST | {"epochs": 1}}
@@ -25,6 +27,13 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
         "guarded": (sequential, {"training": FAST, "gate": {"max_regression": 0.1}}),
         "per_task": ({"name": "per_task", "lora": LORA}, once),
         "zero_shot": ({"name": "zero_shot"}, once),
+        "ablated": (ablated, once),
+        "replay": ({"name": "replay", "lora": LORA, "share": 0.3}, once),
+        "multitask": ({"name": "multitask", "lora": LORA}, once),
+        "ewc": ({"name": "ewc", "lora": LORA, "fisher_rows": 4}, once),
+        "olora": ({"name": "olora", "lora": LORA}, once),
+        "mocl": ({"name": "mocl", "lora": LORA}, once),
+        "moses": ({"name": "moses", "lora": LORA}, once),
     }
     cases = {
         name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)

@@ -1,11 +1,13 @@
 """Whole jobs on backbones with routed experts: every shipped expert-parallel file, every method."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.helpers import make_stream
 from tests.jobs.launch import ROOT, Case, Done, run_many
+from tests.jobs.methods import empty_database
 from tests.jobs.streams import LEARNING, TASKS, Inputs
 from tests.moe_helpers import save_moe_backbone
 
@@ -16,6 +18,18 @@ ON_TWO_RANKS = {
     "zero3_ep2": ("hunyuan_v1_moe", "zero3_ep2", MOE_CL),
     "zero2_ep2": ("hunyuan_v1_moe", "zero2_ep2", MOE_CL),
     "sequential": ("mixtral", "zero2_ep2", {"name": "sequential", "lora": LORA}),
+    **{
+        name: ("hunyuan_v1_moe", deepspeed, {"name": name, "lora": LORA} | options)
+        for name, deepspeed, options in (
+            ("replay", "zero3_ep2", {"share": 0.5}),
+            ("multitask", "zero2_ep2", {}),
+            ("ewc", "zero2_ep2", {"fisher_rows": 2}),
+            ("olora", "zero3_ep2", {}),
+            ("mocl", "zero2_ep2", {}),
+            ("moses", "zero3_ep2", {}),
+        )
+    },
+    "moses_zero2": ("hunyuan_v1_moe", "zero2_ep2", {"name": "moses", "lora": LORA}),
     "per_task": ("qwen3_moe", "zero3_ep2", {"name": "per_task", "lora": LORA | {"targets": ["experts.*", "v_proj"]}}),
     # ranks route differently: without leaf modules they would wait for each other's weights for ever
     "zero_shot": ("hy_v3", "zero3", {"name": "zero_shot"}),
@@ -25,7 +39,8 @@ ON_FOUR_RANKS = {
     "zero3_ep4": ("hunyuan_v1_moe", "zero3_ep4", MOE_CL),
     "zero2_ep4": ("hunyuan_v1_moe", "zero2_ep4", MOE_CL),
 }
-TWO_TASKS = ("zero3_ep2", "zero2_ep2")  # with the game on; the others learn one
+# with the game on, with old data, with earlier experts; the others learn one
+TWO_TASKS = ("zero3_ep2", "zero2_ep2", "replay", "multitask", "ewc", "olora", "mocl", "moses", "moses_zero2")
 MISTAKES = {
     "too_many": ("hunyuan_v1_moe", "zero3_ep4", MOE_CL),  # on two ranks
     "dense": (None, "zero3_ep2", MOE_CL),
@@ -54,6 +69,9 @@ def learn_routed(inputs: Inputs, folder: Path) -> Routed:
             if not backbone.is_dir():
                 save_moe_backbone(backbone, family)
         (folder / name).mkdir()
+        if name not in MISTAKES:  # creating MLflow's database takes seconds
+            (folder / name / "work").mkdir()
+            shutil.copy(empty_database(folder), folder / name / "work" / "mlflow.db")
         sections = {
             "training": {"epochs": 1, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-2},
             "deepspeed": str(ROOT / "deepspeed_configs" / f"{deepspeed}.json"),

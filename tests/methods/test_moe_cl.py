@@ -157,9 +157,9 @@ def test_each_drawn_task_gets_its_discriminator_row_and_the_current_one_starts_f
     assert not any(value.any() for name, value in start.items() if not name.startswith("discriminator/"))
 
 
-def naive_game(learner, negatives) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def naive_game(learner, negatives, sources=(0,) * ROWS) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean cross-entropy over layers and sequences of the whole global batch, row by row and layer by layer, and its
-    gradients. `negatives` is {place: (features (L, D), class)}, or None."""
+    gradients. `negatives` is {place: (features (L, D), class)}, or None; `sources` are the rows' own classes."""
     total, sequences = 0, ROWS * (1 if negatives is None else 2)
     for place in range(ROWS):
         with recorded_inputs(learner) as states:
@@ -172,7 +172,7 @@ def naive_game(learner, negatives) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
             gate = project("gate_proj", x)
             z = project("down_proj", gate * torch.sigmoid(gate) * project("up_proj", x))
-            played = [(z[0].mean(dim=0), 0)]
+            played = [(z[0].mean(dim=0), sources[place])]
             if negatives is not None:
                 features, cls = negatives[place]
                 played.append((features[layer].double(), cls))

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state
+from safetensors.torch import save_file
 
 from pipeline.backbones.load import load_tokenizer
 from pipeline.config import StreamConfig, build_method
@@ -20,10 +22,15 @@ from pipeline.placement.state import (
     gathered,
     restore_state,
     stream_state,
+    whole_gradient,
     write_weights,
 )
 from pipeline.training.loop import run_global_batch
+from pipeline.training.penalty import add_penalties
+from pipeline.training.study import RowStudy
 from tests.distributed.learning import open_tasks
+
+FISHER_ROWS = 3
 
 
 def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -70,6 +77,7 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
     differing["restored state"] = differences(dict(stream_state(parameters)), early)
     differing["restored working weights"] = differences(working(parameters), cast(part(early, "value"), dtype))
     differing["Adam's step after restoring"] = [str(n) for n in adam_counts(learner) if n != 2]
+    fisher = RowStudy(learner, rows, 4096).squared_gradients(FISHER_ROWS)  # leaves nothing behind
     steps(2, 4)
     differing["trained again"] = differences(dict(stream_state(parameters)), late)
 
@@ -77,7 +85,11 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
     differing["written working weights"] = differences(working(parameters), cast(other, dtype))
     differing["master copy after writing weights"] = differences(dict(stream_state(parameters)), late)
     held = how_held(learner, shapes)
+    restore_state(learner.engine, parameters, Whole(start), {}, 0)
+    penalised = penalise(learner, method, config, rows, order)
     learner.engine.destroy()
+    if world.is_main:
+        save_file(fisher, folder / "fisher.safetensors")
 
     learner, steps = build()
     restore(learner, early, 2)
@@ -94,7 +106,37 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
         "unmoved": differences(part(late, "value"), part(early, "value"), equal=True),
         "adam_steps": counts,
         "held": held,
+        "penalised": penalised,
     }
+
+
+def penalise(learner: Learner, method, config: StreamConfig, rows, order) -> dict[str, Any]:
+    """A first step with penalties <r, value> of random r: how far gradients and first moments are from what they must
+    be, relative to the largest entry.
+    """
+    parameters = learner.parameters
+    whole = random_values({name: full_shape(parameter) for name, parameter in parameters.items()}, seed=3)
+    run_global_batch(learner, method, config, rows, global_batch(order, 0, config.training.batch_size), 0, config.seed)
+    before = {name: whole_gradient(parameter).clone() for name, parameter in parameters.items()}
+    values = gather_values(parameters)
+    told = add_penalties(learner, {name: lambda value, r=r: (r * value).sum() for name, r in whole.items()})
+    after = {name: whole_gradient(parameter).clone() for name, parameter in parameters.items()}
+    learner.engine.step()
+    norm = torch.stack([gradient.double().norm() for gradient in after.values()]).norm()
+    factor = min(1.0, config.training.gradient_clipping / float(norm))
+    moments = {name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in parameters.items()}
+    return {
+        "added": max(off(after[name], before[name] + r) for name, r in whole.items()),
+        "moment": max(off(moments[name], 0.1 * factor * gradient) for name, gradient in after.items()),
+        "clipped": factor,
+        "told": told["penalty"],
+        "penalty": float(sum((r.double() * values[name].double()).sum() for name, r in whole.items())),
+    }
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    return float((found.cpu() - expected.cpu()).abs().max() / expected.abs().max())
 
 
 def random_values(shapes: dict[str, torch.Size], seed: int) -> Tensors:

@@ -10,18 +10,12 @@ from dataclasses import replace
 import pytest
 
 from data_contracts.errors import UserError
-from pipeline.experts.attach import ExpertPlan
-from pipeline.experts.bank import Bank
-from pipeline.experts.lora import LoraOptions
-from pipeline.methods import moe_cl, per_task, sequential, zero_shot
 from pipeline.placement.architecture import load_architecture, read_architecture
 from pipeline.placement.cluster import Placement, Workload
 from pipeline.placement.memory import activations_of, memory_of
 from pipeline.placement.plan import USABLE, plan, smallest_world
 from pipeline.placement.traffic import RoutedPass, routed_pass
-from pipeline.placement.trainable import ROLES, MethodChoice, bank_growth, trainable_of
-from tests.helpers import light_learner, tiny_llama
-from tests.moe_helpers import MOE_TYPES, tiny_moe
+from pipeline.placement.trainable import MethodChoice, trainable_of
 from tests.placement.loading_proof import CASES, Sizes, expected_bytes
 
 SMALL = {
@@ -248,77 +242,6 @@ def test_times_are_bytes_over_bandwidth():
     assert traffic.total_seconds == pytest.approx(
         (traffic.all_to_all_leaving + received + traffic.gradients_leaving) / 100
     )
-
-
-METHODS = {"moe_cl": moe_cl, "sequential": sequential, "per_task": per_task, "zero_shot": zero_shot}
-TARGETS = [("gate_proj", "up_proj", "down_proj"), ("down_proj", "q_proj", "o_proj"), ("*.mlp.*up_proj",)]
-
-
-def live(model_type, seed=0):
-    return tiny_llama(50, seed=seed) if model_type == "llama" else tiny_moe(model_type, 50, seed=seed)
-
-
-@pytest.mark.parametrize("targets", TARGETS, ids=",".join)
-@pytest.mark.parametrize("model_type", ["llama", *MOE_TYPES])
-def test_every_trained_tensor_has_the_name_and_shape_it_has_in_the_model(model_type, targets):
-    model = live(model_type)
-    architecture = read_architecture(model.config.to_dict())
-    roles = ("shared", "dedicated")
-    learner = light_learner(model, ExpertPlan(LoraOptions(rank=3, targets=targets), roles, 5))
-    trainable = trainable_of(architecture, MethodChoice("moe_cl", 3, targets, 5))
-    found = {f"{tensor.component}/{tensor.name}": tensor.shape for tensor in trainable.tensors}
-    assert found == {name: tuple(parameter.shape) for name, parameter in learner.parameters.items()}
-    assert len(found) == len(trainable.tensors)
-    assert len(trainable.adapted_layers) == len(learner.ffns)
-    for tensor in trainable.tensors:
-        assert tensor.expert_owned == (".mlp.experts." in tensor.name)
-
-
-def test_methods_train_the_roles_they_have():
-    assert ROLES.keys() == METHODS.keys()
-    for name, module in METHODS.items():
-        built = module.build(module.Options())
-        assert ROLES[name] == (built.plan.roles if built.plan else ())
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model_type", ["llama", "hunyuan_v1_moe"])
-def test_the_bank_grows_by_the_tensor_bytes_of_the_files_a_task_publishes(tmp_path, name, model_type):
-    import torch
-
-    method = METHODS[name].build(METHODS[name].Options())
-    model = live(model_type)
-    architecture = read_architecture(model.config.to_dict())
-    learner = light_learner(model, method.plan)
-    values = {key: torch.zeros(parameter.shape) for key, parameter in learner.parameters.items()}
-    files = {role: {k: v for k, v in values.items() if k.startswith(f"{role}/")} for role in method.published()}
-    if method.wants_pooled():
-        statistics = torch.zeros(2, len(learner.ffns), architecture.hidden_size)
-        files["state"] = method.state((statistics[0], statistics[1]), values)
-    bank, sizes = Bank(tmp_path), {}
-    for role, tensors in files.items():
-        data = bank.path(bank.put(tensors)).read_bytes()
-        sizes[role] = len(data) - 8 - int.from_bytes(data[:8], "little")  # without length and header
-    assert bank_growth(architecture, trainable_of(architecture, MethodChoice(name))) == sizes
-
-
-def test_a_target_that_matches_nothing_is_refused_with_what_there_is():
-    with pytest.raises(UserError, match=r"c_proj matches no projection.*mlp\.experts\.up_proj.*self_attn\.q_proj"):
-        trainable_of(ARCHITECTURE, MethodChoice(targets=("up_proj", "c_proj")))
-
-
-def test_an_adversary_without_a_feed_forward_network_is_refused():
-    with pytest.raises(UserError, match="discriminator-outputs 0"):
-        trainable_of(ARCHITECTURE, MethodChoice("moe_cl", targets=("q_proj",)))
-
-
-@pytest.mark.parametrize(
-    ("choice", "said"),
-    [({"name": "magic"}, "moe_cl"), ({"rank": 0}, "rank is 0"), ({"discriminator_outputs": 1}, "outputs is 1")],
-)
-def test_a_method_that_cannot_be_is_refused(choice, said):
-    with pytest.raises(UserError, match=said):
-        MethodChoice(**choice)
 
 
 @pytest.mark.parametrize(("size", "world"), [(3, (3, 4)), (8, (2, 4)), (2, (1, 3)), (16, (1, 4))])

@@ -4,6 +4,7 @@ And the parts of DeepSpeed that `placement/state.py` and `placement/distributed.
 """
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.distributed.worlds import FFN_WIDTH, RANK, ROUND_TRIPS
 
@@ -42,6 +43,26 @@ def test_what_goes_into_an_engine_comes_out_and_trains_on_to_the_bit(notes):
         assert note["tensors"] == TENSORS
         assert note["differing"].keys() == CHECKS
         assert {check: names for check, names in note["differing"].items() if names} == {}
+
+
+@every_world
+@every_setting
+def test_a_penalty_is_in_the_gradient_that_the_step_clips_and_applies(notes, setting):
+    rounding = 1e-5 if "fp32" in setting else 1e-2
+    for note in notes:
+        found = note["penalised"]
+        assert found["added"] < rounding and found["moment"] < rounding and found["clipped"] < 1
+        assert found["told"] == pytest.approx(found["penalty"], rel=1e-5, abs=1e-6)
+
+
+@every_setting
+def test_squared_gradients_of_single_rows_do_not_depend_on_the_number_of_ranks(worlds, setting):
+    pair, single = (load_file(worlds.case(n, f"round-trips-{setting}").folder / "fisher.safetensors") for n in RANKS)
+    assert len(pair) == TENSORS and pair.keys() == single.keys()
+    for name, value in pair.items():
+        assert bool(value.any()) == (not name.startswith("discriminator/"))
+        rounding = 1e-5 if "fp32" in setting else 0.1
+        assert (value - single[name]).abs().max() <= rounding * single[name].abs().max(), name
 
 
 @every_world

@@ -41,6 +41,7 @@ def test_batches_read_ahead_are_those_read_when_needed_in_the_same_order(rank):
     plain, ahead = list(batches()), list(one_ahead(batches()))
     passes = [len(passes_of(world, settings, rows, global_batch(order, step, 4))) for step in range(6)]
     assert len(ahead) == len(plain) == sum(passes)
+    assert [batch.last for batch in ahead] == [n == count for count in passes for n in range(1, count + 1)]
     for one, other in zip(plain, ahead, strict=True):
         assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
         assert (one.places, one.step, one.global_rows) == (other.places, other.step, other.global_rows)
