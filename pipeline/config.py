@@ -62,11 +62,32 @@ class TrainingConfig(Section):
     save_every: int = Field(50, ge=1)  # steps between two in-flight states
 
 
+class ReviewConfig(Section):
+    """Which rows may be decided without a person: score thresholds chosen on validation (METHODS section 5)."""
+
+    target_precision: float = Field(gt=0, le=1)  # share of right answers wanted among the rows that are decided
+
+
 class EvaluationConfig(Section):
     """How rows are scored after an increment."""
 
     batch_tokens: int = Field(4096, ge=16)  # most tokens, padding included, of one forward pass on one rank
     baselines: tuple[Literal["zero_shot", "tfidf"], ...] = ()  # measured beside each new task, same rows
+    review: ReviewConfig | None = None  # null: no thresholds, every row counts alike
+
+
+class RouterConfig(Section):
+    """The task router, which serves rows whose task nobody names: ridge regression onto task ids (METHODS section 3).
+
+    It reads the raw text through the frozen first layers of the backbone. Every increment keeps features^2 numbers.
+    """
+
+    layers: int = Field(8, ge=1)  # decoder layers that read the text
+    features: int = Field(2000, ge=1)  # random ReLU features; 2000 keep 32 MB
+    regularisation: float = Field(30.0, gt=0)  # of the ridge regression
+    max_tokens: int = Field(256, ge=1)  # of a text that are read
+    rows: int | None = Field(5000, ge=1)  # most training rows of a task that are read, drawn by seed; null takes all
+    seed: int = Field(17, ge=0, lt=2**31)  # of the random features
 
 
 class GateConfig(Section):
@@ -98,6 +119,7 @@ class StreamConfig(Section):
     rows: RowsConfig = RowsConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    router: RouterConfig | None = None  # null: a task is named with every row; no time and no bank file is spent
     gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: str = "deepspeed_configs/zero3.json"
@@ -133,6 +155,7 @@ class StreamConfig(Section):
             "rows": self.rows.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json", exclude={"save_every"}),
             "evaluation": self.evaluation.model_dump(mode="json"),
+            "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
         }
 

@@ -18,6 +18,7 @@ from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
 from pipeline.config import StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
+from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
 from pipeline.increments import champion_row, check_same_model, inputs_key, measurable, next_increment, standing
@@ -29,6 +30,7 @@ from pipeline.stages.gate import gate
 from pipeline.stages.job import Job
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Context, register
+from pipeline.stages.route import learn_router, with_router
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
 from pipeline.tracking.chain import clean_left_overs, load_chain
@@ -48,6 +50,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
     """
     method = build_method(config)
     check_before_loading(config, method.plan)
+    check_router(config.router, load_config(config.backbone))
     tokenizer = load_tokenizer(config.backbone)
     world = start_world()
     check_world(config, world)
@@ -124,7 +127,9 @@ def learn(
     say(world, f"\n== increment {increment.number}: {task.task}")
     trained = train(job, increment, task, key, stop, log)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
-    evaluated = evaluate(job, increment, measurable(prepared, task, chain, job.learning_digest), trained)
+    scored = measurable(prepared, task, chain, job.learning_digest)
+    router, trained = with_router(trained, learn_router(job, increment, scored))
+    evaluated = evaluate(job, increment, scored, trained, router)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(job.config.gate, task.task, evaluated.row, champion_row(chain))
     context = Context(chain, backbone, key, run_id, started, getpass.getuser())

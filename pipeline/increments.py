@@ -1,15 +1,17 @@
 """What the chain says about the next increment. Functions of manifests (newest first) and the task at hand."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from data_contracts.errors import UserError
 from pipeline.config import StreamConfig
 from pipeline.data.tokens import PreparedTask
 from pipeline.files import canonical_json, sha256_text
-from pipeline.methods.protocol import Increment
+from pipeline.methods.protocol import Bundle, Increment
 from pipeline.stages.job import Job
+from pipeline.stages.route import router_of
 from pipeline.tracking.chain import fold
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.manifest import ROUTER, Manifest
 
 
 def check_same_model(config: StreamConfig, backbone: dict[str, str], chain: list[Manifest]) -> None:
@@ -75,17 +77,25 @@ def next_increment(job: Job, task: str, chain: list[Manifest]) -> Increment:
     """The increment that learns `task` next, with the method state it asks for. Collective."""
     champion = fold(chain)
     promoted = [manifest.task for manifest in reversed(chain) if manifest.verdict == "promoted"]
+    states = champion.state if champion else {}
     increment = Increment(
         number=len(chain) + 1,
         task=task,
         seed=job.config.seed,
         bundles=champion.bundles if champion else {},
-        states=champion.state if champion else {},
+        states=without_router(states),
         order=learned_order(promoted),
+        router=router_of(states),
     )
     needed = {name: increment.states[name]["state"] for name in job.method.states_needed(increment)}
     files = job.read_bank(list(needed.values()))
     return increment.with_states({name: files[digest] for name, digest in needed.items()})
+
+
+def without_router(states: Mapping[str, Bundle]) -> dict[str, Bundle]:
+    """The states that are a method's own, by task."""
+    own = {task: {name: sha for name, sha in names.items() if name != ROUTER} for task, names in states.items()}
+    return {task: names for task, names in own.items() if names}
 
 
 def learned_order(promoted: list[str]) -> tuple[str, ...]:

@@ -18,9 +18,15 @@ from pipeline.config import Section
 from pipeline.data.collate import MicroBatch
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.dual_ffn import ExpertFFN
+from pipeline.files import canonical_json, sha256_text
 
 Tensors = dict[str, torch.Tensor]
 Bundle = dict[str, str]  # {component: bank digest}: what a task is served with
+
+
+def bundle_digest(bundle: Bundle) -> str:
+    """One digest for a bundle: sha256 of its canonical JSON."""
+    return sha256_text(canonical_json(bundle))
 
 
 class RetentionOptions(Section):
@@ -42,6 +48,7 @@ class Increment:
     states: Mapping[str, Bundle]  # {task: {state name: bank digest}}
     order: tuple[str, ...] = ()  # learned tasks, oldest first
     state_tensors: Mapping[str, Tensors] = field(default_factory=dict)  # {task: tensors} of the states asked for
+    router: str | None = None  # bank digest of the champion's task router, which is no method's affair
 
     def with_states(self, tensors: Mapping[str, Tensors]) -> "Increment":
         """The same increment with the method states it asked for."""

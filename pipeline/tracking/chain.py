@@ -24,7 +24,17 @@ from data_contracts.errors import UserError
 from pipeline.config import describe
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file, write_atomic
-from pipeline.tracking.manifest import MANIFEST, RUN, Manifest, Record, RoleName, Sha256, TaskName, parse_manifest
+from pipeline.tracking.manifest import (
+    MANIFEST,
+    ROUTER,
+    RUN,
+    Manifest,
+    Record,
+    RoleName,
+    Sha256,
+    TaskName,
+    parse_manifest,
+)
 
 CHAMPION = "champion.json"
 INCREMENTS = "increments"
@@ -101,13 +111,24 @@ def advance(champion: Champion | None, manifest: Manifest) -> Champion:
     before = champion or Champion(head=manifest.sha256, increment=0, bundles={}, state={})
     if manifest.verdict == "rejected":
         return before.model_copy(update={"head": manifest.sha256})
-    others = {task: state for task, state in before.state.items() if task != manifest.task}
+    state = {task: state for task, state in before.state.items() if task != manifest.task}
+    replace_router(state, manifest)
     return Champion(
         head=manifest.sha256,
         increment=manifest.increment,
         bundles=before.bundles | manifest.bundles,
-        state=others | ({manifest.task: manifest.state} if manifest.state else {}),
+        state=state | ({manifest.task: manifest.state} if manifest.state else {}),
     )
+
+
+def replace_router(state: dict[str, dict[str, str]], manifest: Manifest) -> None:
+    """Take the router out of a table of states, by task, in place, where the increment brings a newer one: it is one
+    for all tasks and stands with the task it learned last.
+    """
+    for task in [task for task, names in state.items() if ROUTER in names] if ROUTER in manifest.state else []:
+        state[task] = {name: sha for name, sha in state[task].items() if name != ROUTER}
+        if not state[task]:
+            del state[task]
 
 
 def champion_differences(found: Champion, expected: Champion) -> list[str]:
