@@ -1,6 +1,7 @@
 """The project's own measurements, written as JSON, a table and a picture.
 
 python jobs/benchmark.py speed --backbone demo/backbone --data FOLDER --out speed.json --tasks yelp agnews
+python jobs/benchmark.py router --backbone demo/backbone --data FOLDER --out router.json --tasks dbpedia amazon
 
 FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md says what is
 measured and how. Exit 0, or 2 after a message on what to mend.
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.router_options import add_router_arguments
 from pipeline.benchmarks.speed.options import CASES, SpeedOptions
 
 
@@ -30,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The benchmarks and their options; defaults are those of `SpeedOptions`."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    speed = made.add_subparsers(dest="benchmark", required=True).add_parser("speed", help="time against peers")
+    benchmarks = made.add_subparsers(dest="benchmark", required=True)
+    router = benchmarks.add_parser("router", help="how often the task router finds a text's task")
+    router.set_defaults(run=router_benchmark)
+    add_router_arguments(router)
+    speed = benchmarks.add_parser("speed", help="time against peers")
     speed.set_defaults(run=speed_benchmark)
     default = {field.name: field.default for field in fields(SpeedOptions)}
     add = speed.add_argument
@@ -65,6 +71,15 @@ def speed_benchmark(given: argparse.Namespace) -> int:
 
     print(as_table(run_speed(options, given.out)))
     print(f"\nwritten: {given.out} and {given.out.with_suffix('.png')}")
+    return 0
+
+
+def router_benchmark(given: argparse.Namespace) -> int:
+    """`router`: measure, write, print."""
+    from pipeline.benchmarks.router import as_table, run_router
+
+    print(as_table(run_router(given)))
+    print(f"\nwritten: {given.out}")
     return 0
 
 

@@ -18,6 +18,7 @@ from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
 from pipeline.config import StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
+from pipeline.evaluation.review_cost import REVIEW
 from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
@@ -221,7 +222,9 @@ def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
     """Tell MLflow of a published increment: row, heat map, manifest, registered version."""
     folder = work_dir / "increments" / manifest.folder
     tracker.log_row(manifest.row)
-    tracker.log_artifacts([folder / "report.png", folder / "row.json", folder / "manifest.json"])
+    tracker.log_row(manifest.row_inferred, "row_inferred")
+    names = ("report.png", "row.json", "manifest.json", *([REVIEW] if REVIEW in manifest.files else []))
+    tracker.log_artifacts([folder / name for name in names])
     tracker.register(manifest)
     tracker.finish()
 

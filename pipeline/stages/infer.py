@@ -63,6 +63,9 @@ def infer(
         inferred.row[task] = task_score(tasks[task].contract, Answers(given, values, None), references, texts)
         table = Answers(given, values, None).table(rows.column("row_id"), references)
         table = table.append_column("task", pa.array([router.tasks[index] for index in chosen], pa.string()))
+        if job.world.is_main:
+            right = 100 * float((chosen == router.tasks.index(task)).mean())
+            print(f"  {task}: task inferred {100 * inferred.row[task]:.1f}, {right:.1f} % routed right", flush=True)
         inferred.predictions[task] = table.append_column("task_score", pa.array(scores.max(axis=1), pa.float64()))
     return inferred
 
