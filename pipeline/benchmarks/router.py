@@ -192,9 +192,10 @@ def tfidf(texts: Mapping[str, Texts]) -> float:
 def as_table(report: Mapping[str, Any]) -> str:
     """What was found, as text."""
     chosen = report["settings"]
-    lines = [f"chosen on validation: layers {chosen['layers']}, regularisation {chosen['regularisation']:g}"]
+    best = f"layers {chosen['layers']}, regularisation {chosen['regularisation']:g}"
+    lines = [f"chosen by accuracy (%) on validation: {best}"]
     lines += [
-        f"  layers {choice['layers']:3d} regularisation {choice['regularisation']:8g} {100 * choice['validation']:.2f} %"
+        f"  layers {choice['layers']:3d} regularisation {choice['regularisation']:8g} {100 * choice['validation']:6.2f}"
         for choice in report["chosen_on_validation_from"]
     ]
     lines.append("test texts routed to their own task, after each task")
