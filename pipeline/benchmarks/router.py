@@ -61,7 +61,7 @@ def run_router(given: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     learner, budget = build(backbone)
     tokens = tokenise(given, backbone, texts)
-    pooled = {layers: pool(learner, layers, tokens, budget) for layers in given.layers}
+    pooled = pool(learner, given.layers, tokens, budget)
     choices, routers = [], []
     for config in settings:
         router = learn(config, pooled[config.layers])[-1]
@@ -130,12 +130,14 @@ def tokenise(given: argparse.Namespace, backbone: BackboneConfig, texts: Mapping
     }
 
 
-def pool(learner: Learner, layers: int, tokens: dict, budget: int) -> Pooled:
-    """Pooled states of all texts at one depth."""
-    return {
-        task: {split: pooled_texts(learner, layers, rows, budget) for split, rows in splits.items()}
-        for task, splits in tokens.items()
-    }
+def pool(learner: Learner, depths: Sequence[int], tokens: dict, budget: int) -> dict[int, Pooled]:
+    """Pooled states of all texts, by depth."""
+    pooled: dict[int, dict] = {depth: {task: {} for task in tokens} for depth in depths}
+    for task, splits in tokens.items():
+        for split, rows in splits.items():
+            for depth, states in zip(depths, pooled_texts(learner, depths, rows, budget), strict=True):
+                pooled[depth][task][split] = states
+    return pooled
 
 
 def learn(config: RouterConfig, pooled: Pooled) -> list[TaskRouter]:

@@ -43,12 +43,12 @@ def sum_features(
     """
     normal, moment = torch.zeros_like(router.normal), torch.zeros(len(router.normal), dtype=torch.double)
 
-    def keep(_: list[int], pooled: torch.Tensor) -> None:
-        features = router.features(pooled)
+    def keep(_: list[int], pooled: list[torch.Tensor]) -> None:
+        features = router.features(pooled[0])
         normal.addmm_(features.T, features)
         moment.add_(features.sum(dim=0))
 
-    with _first_layers(learner, router.config.layers) as pool:
+    with _first_layers(learner, [router.config.layers]) as pool:
         each_batch(learner.world, list(map(len, tokens)), batch_tokens, lambda rows: pool(tokens, rows), keep)
     return learner.world.sum_tensor(normal), learner.world.sum_tensor(moment)
 
@@ -61,49 +61,60 @@ def score_texts(
     The caller has emptied the slots.
     """
     result = torch.zeros(len(tokens), len(router.tasks), dtype=torch.double)
-    with _first_layers(learner, router.config.layers) as pool:
+    with _first_layers(learner, [router.config.layers]) as pool:
         parts = run_batches(
-            learner.world, list(map(len, tokens)), batch_tokens, lambda rows: router.scores(pool(tokens, rows))
+            learner.world, list(map(len, tokens)), batch_tokens, lambda rows: router.scores(pool(tokens, rows)[0])
         )
     for rows, scores in parts:
         result[rows] = scores
     return result
 
 
-def pooled_texts(learner: Learner, layers: int, tokens: Sequence[Sequence[int]], batch_tokens: int) -> torch.Tensor:
-    """Pooled states of texts: (rows, D) fp32, the same on every rank. Collective; the caller has emptied the slots."""
-    with _first_layers(learner, layers) as pool:
+def pooled_texts(
+    learner: Learner, depths: Sequence[int], tokens: Sequence[Sequence[int]], batch_tokens: int
+) -> list[torch.Tensor]:
+    """Pooled states of texts after each of some numbers of layers: (rows, D) fp32, the same on every rank. Collective;
+    the caller has emptied the slots.
+    """
+    with _first_layers(learner, depths) as pool:
         parts = run_batches(learner.world, list(map(len, tokens)), batch_tokens, lambda rows: pool(tokens, rows))
-    order = [row for rows, _ in parts for row in rows]
-    return torch.cat([pooled for _, pooled in parts])[torch.tensor(order).argsort()]
+    places = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    return [torch.cat([pooled[index] for _, pooled in parts])[places] for index in range(len(depths))]
 
 
-Pool = Callable[[Sequence[Sequence[int]], list[int]], torch.Tensor]
+Pool = Callable[[Sequence[Sequence[int]], list[int]], list[torch.Tensor]]
 
 
 @contextmanager
-def _first_layers(learner: Learner, layers: int) -> Iterator[Pool]:
-    """Inside, the model ends after its first layers; yields the function from rows of tokens to pooled states."""
+def _first_layers(learner: Learner, depths: Sequence[int]) -> Iterator[Pool]:
+    """Inside, the model ends after the deepest of `depths`; yields the function from rows of tokens to their pooled
+    states (B, D) after each of these numbers of layers.
+    """
     backbone = learner.model.backbone
     config = backbone.get_decoder().config  # every known family runs as many layers as its configuration says
-    states: list[torch.Tensor] = []
-    last = backbone.get_submodule(family_of(backbone.config).layers)[layers - 1]
-    hook = last.register_forward_hook(lambda module, args, output: states.append(output))
-    whole, config.num_hidden_layers = config.num_hidden_layers, layers
+    layers = backbone.get_submodule(family_of(backbone.config).layers)
+    states: dict[int, torch.Tensor] = {}
+
+    def record(depth: int):
+        return layers[depth - 1].register_forward_hook(lambda module, args, output: states.update({depth: output}))
+
+    hooks = [record(depth) for depth in depths]
+    whole, config.num_hidden_layers = config.num_hidden_layers, max(depths)
     learner.model.eval()
 
     @torch.no_grad()
-    def pool(tokens: Sequence[Sequence[int]], rows: list[int]) -> torch.Tensor:
+    def pool(tokens: Sequence[Sequence[int]], rows: list[int]) -> list[torch.Tensor]:
         ids, mask = pad_right([tokens[row] for row in rows])
         device = learner.world.device
         learner.forward(ids.to(device), mask.to(device), torch.zeros(1, dtype=torch.long, device=device))
-        return pool_tokens(states.pop(), mask.to(device)).cpu()
+        return [pool_tokens(states.pop(depth), mask.to(device)).cpu() for depth in depths]
 
     try:
         yield pool
     finally:
         config.num_hidden_layers = whole
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def pool_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
