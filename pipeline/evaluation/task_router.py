@@ -10,7 +10,7 @@ Legend: B rows, D width of a pooled state, F random features, T tasks.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class TaskRouter:
         return cls(config, tuple(note["tasks"]), tensors[NORMAL], tensors[MOMENTS])
 
 
+@lru_cache(maxsize=2)
 def random_signs(width: int, features: int, seed: int) -> torch.Tensor:
     """(D, F) of +-1 / sqrt(D), fp64, from the raw bits of PCG64, which numpy keeps the same in all its versions."""
     count = width * features

@@ -29,6 +29,7 @@ NEEDS = {
     "test_stop": {"learned", "stopped", "on_two_ranks"},
     "test_stream": {"learned"},
     "test_tampering": {"learned"},
+    "test_task_free": {"methods", "routed"},
     "test_versions": {"history"},
 }
 

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from tests.jobs.launch import Done, run_many
+from tests.jobs.launch import Case, Done, run_many
 from tests.jobs.streams import LEARNING, TASKS, Inputs, stream_of
 
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
+TASK_FREE = {"router": {"layers": 2, "features": 64}, "evaluation": {"review": {"target_precision": 0.6}}}
 FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2}
 
 
@@ -21,7 +22,7 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
     streams = {
         "follow": (follow, once),
         "follow_one_gate": (follow | {"gate": "shared"}, once),
-        "sequential": (sequential, {"training": FAST}),
+        "sequential": (sequential, {"training": FAST, **TASK_FREE}),
         "guarded": (sequential, {"training": FAST, "gate": {"max_regression": 0.1}}),
         "per_task": ({"name": "per_task", "lora": LORA}, once),
         "zero_shot": ({"name": "zero_shot"}, once),
@@ -33,8 +34,17 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
     for work_dir, _ in cases.values():  # creating MLflow's database takes seconds: one empty one serves all
         work_dir.mkdir()
         shutil.copy(empty_database(folder), work_dir / "mlflow.db")
+    cases |= asking(inputs, cases["sequential"][0], folder)
     done = run_many([case for _, case in cases.values()], folder / "out")
     return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
+
+
+def asking(inputs: Inputs, work_dir: Path, folder: Path) -> dict[str, tuple[Path, Case]]:
+    """Commands on the work_dir of `sequential`; {name: (what they write, command)}."""
+    out, data = folder / "auto.parquet", inputs.root / "first" / "test.parquet"
+    auto = ["--work-dir", work_dir, "--task", "auto", "--data", data, "--out", out]
+    review = ["--work-dir", work_dir, "--task", "first", "--review", 1, 2]
+    return {"auto": (out, Case("predict", auto)), "review": (work_dir, Case("evaluate", review))}
 
 
 def empty_database(folder: Path) -> Path:
