@@ -37,10 +37,11 @@ def compare_reviews(work_dir: Path | str, first: int, second: int, task: str) ->
     The interval is a paired bootstrap over the test rows; the thresholds stay. Raises UserError where an increment has
     no thresholds for the task, or the two differ in test rows or target precision.
     """
-    chain = load_chain(Path(work_dir).expanduser().resolve())
+    folder = Path(work_dir).expanduser().resolve()
+    chain = load_chain(folder)
     targets, tables, costs, alone = [], [], [], []
     for number in (first, second):
-        record, table = _published(Path(work_dir), chain, number, task)
+        record, table = _published(folder, chain, number, task)
         rows = ScoredRows.of(*(table[name].to_pylist() for name in ("answer", "score", "reference")))
         targets.append(record["target_precision"])
         tables.append(table)
