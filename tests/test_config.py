@@ -10,7 +10,16 @@ from pydantic import BaseModel
 
 from data_contracts import load_contract
 from data_contracts.errors import UserError
-from pipeline.config import StreamConfig, build_method, load_stream, method_module, method_names, override_config
+from pipeline.config import (
+    ReviewConfig,
+    RouterConfig,
+    StreamConfig,
+    build_method,
+    load_stream,
+    method_module,
+    method_names,
+    override_config,
+)
 from pipeline.placement.learner import engine_config, read_deepspeed_config
 from tests.helpers import make_stream, stream_dict
 
@@ -26,11 +35,16 @@ OPTIONS = """
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
     training.routed_learning_rate training.weight_decay training.warmup_fraction training.gradient_clipping
     training.save_every
-    evaluation.batch_tokens evaluation.baselines
+    evaluation.batch_tokens evaluation.baselines evaluation.review
+    router
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
     method
 """
+OPTIONAL_OPTIONS = {  # of sections that may be null
+    ReviewConfig: "target_precision",
+    RouterConfig: "layers features regularisation max_tokens rows seed",
+}
 LORA = "lora.rank lora.alpha lora.dropout lora.targets"
 METHOD_OPTIONS = {
     "moe_cl": f"""{LORA} gate adversary.weight adversary.outputs adversary.negatives retention.policy retention.margin
@@ -59,6 +73,8 @@ def stream(tmp_path) -> Path:
 
 def test_the_list_of_options_is_frozen():
     assert option_names(StreamConfig) == set(OPTIONS.split())
+    for section, names in OPTIONAL_OPTIONS.items():
+        assert option_names(section) == set(names.split())
 
 
 def test_the_list_of_method_options_is_frozen():
