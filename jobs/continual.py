@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_contracts.errors import UserError
+from pipeline.startup import imports_without_collections
 from pipeline.training.stop import EXIT_STOPPED, StopFlag, StoppedOnRequest
 
 DEVICE_FREE_STAGES = ("validate", "prepare")
@@ -36,13 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopFlag()
     stop.listen()
     try:
-        from pipeline.config import load_stream  # the imports below cost seconds: signals and arguments come first
+        with imports_without_collections():  # they cost seconds: signals and arguments come first
+            from pipeline.config import load_stream
 
-        config = load_stream(options.stream, options.set)
+            config = load_stream(options.stream, options.set)
+            from pipeline.continual import prepare_only, run_stream
+
         if options.stages:
-            return run_stages(config, options.stages)
-        from pipeline.continual import run_stream
-
+            return prepare_only(config, device_free_stages(options.stages))
         return run_stream(config, options.until, stop)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same mistake
@@ -54,14 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_STOPPED
 
 
-def run_stages(config, text: str) -> int:
-    """The stages that need no device."""
+def device_free_stages(text: str) -> list[str]:
+    """The names in `--stages`. Raises UserError for others than those that need no device."""
     stages = text.split(",")
     if tuple(stages) not in (DEVICE_FREE_STAGES[:1], DEVICE_FREE_STAGES):
         raise UserError(f"--stages {text}: choose 'validate' or 'validate,prepare'")
-    from pipeline.continual import prepare_only
-
-    return prepare_only(config, stages)
+    return stages
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class TrainingConfig(Section):
 
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(32, ge=1)  # rows of a global batch, over all ranks
-    micro_batch_size: int = Field(16, ge=1)  # most rows of one forward pass on one rank
+    micro_batch_size: int = Field(32, ge=1)  # most rows of one forward pass on one rank
     micro_batch_tokens: int = Field(2048, ge=16)  # most tokens, padding included, of one forward pass on one rank
     learning_rate: float = Field(2e-4, gt=0)
     routed_learning_rate: RoutedLearningRate | None = None  # null: the same learning rate for all
@@ -60,6 +60,8 @@ class TrainingConfig(Section):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
     gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off
     save_every: int = Field(50, ge=1)  # steps between two in-flight states
+    # layers keep their input alone and are computed again in backward: less memory for one more forward pass a step
+    activation_checkpointing: bool = False
 
 
 class ReviewConfig(Section):
@@ -73,6 +75,8 @@ class EvaluationConfig(Section):
 
     batch_tokens: int = Field(4096, ge=16)  # most tokens, padding included, of one forward pass on one rank
     baselines: tuple[Literal["zero_shot", "tfidf"], ...] = ()  # measured beside each new task, same rows
+    # most earlier tasks an increment scores again, drawn by seed and increment; the others stay pinned. null: all
+    earlier_tasks: int | None = Field(None, ge=0)
     review: ReviewConfig | None = None  # null: no thresholds, every row counts alike
 
 
@@ -153,7 +157,7 @@ class StreamConfig(Section):
             "seed": self.seed,
             "method": self.method,
             "rows": self.rows.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude={"save_every"}),
+            "training": self.training.model_dump(mode="json", exclude={"save_every", "activation_checkpointing"}),
             "evaluation": self.evaluation.model_dump(mode="json"),
             "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),

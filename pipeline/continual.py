@@ -6,6 +6,7 @@ contract + files -> validate -> prepare -> train -> evaluate -> gate -> register
 import getpass
 import json
 import shutil
+import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,19 +23,21 @@ from pipeline.evaluation.review_cost import REVIEW
 from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
-from pipeline.increments import champion_row, check_same_model, inputs_key, measurable, next_increment, standing
+from pipeline.increments import check_same_model, check_sampling, inputs_key, measurable, next_increment, standing
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.report import final_report, print_start
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.gate import gate
-from pipeline.stages.job import Job
+from pipeline.stages.job import Job, leaving_no_garbage
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Context, register
 from pipeline.stages.route import learn_router, with_router
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
+from pipeline.startup import StartClock
 from pipeline.tracking.chain import clean_left_overs, load_chain
+from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker
 from pipeline.training.loop import StepLog
@@ -49,44 +52,53 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
 
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
+    clock = StartClock()
+    clock.passed("imports")
     method = build_method(config)
     check_before_loading(config, method.plan)
+    check_sampling(config, method)
     check_router(config.router, load_config(config.backbone))
     tokenizer = load_tokenizer(config.backbone)
+    clock.passed("checks")
     world = start_world()
+    clock.passed("process group")
     check_world(config, world)
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
-    chain = world.on_main(lambda: open_work_dir(work_dir))
+    history = world.on_main(lambda: open_work_dir(work_dir))
     backbone = world.on_main(lambda: backbone_record(config))
-    check_same_model(config, backbone, chain)
-    prepared = prepare_tasks(config, tokenizer, world, chain, until)
-    learner = build_learner(config, method.plan, world, train=True)
-    job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {})
-    tracker = open_tracker(config, world, chain)
+    check_same_model(config, backbone, history)
+    clock.passed("chain and digests")
+    prepared = prepare_tasks(config, tokenizer, world, history, until)
+    clock.passed("prepare")
+    learner = build_learner(config, method.plan, world, train=True, passed=clock.passed)
+    job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {}, clock)
+    tracker = open_tracker(config, world, history)
+    clock.passed("tracking")
     if world.is_main:
-        print_start(config, world, learner, prepared, chain)
+        print_start(config, world, learner, prepared, history)
     code = EXIT_DONE
     try:
         for task in prepared.values():
-            state = standing(task, chain, job.learning_digest)
+            state = standing(task, history, job.learning_digest)
             if state == "learned":
                 say(world, f"{task.task}: learned already with this contract and data")
                 continue
             if state == "rejected":
                 say(world, f"{task.task}: rejected before with these very inputs, not trained again")
             else:
-                manifest = learn(job, task, prepared, chain, backbone, tracker, stop)
-                chain = [manifest, *chain]
+                with leaving_no_garbage():
+                    manifest = learn(job, task, prepared, history, backbone, tracker, stop)
+                history.add(manifest)
                 state = manifest.verdict
             if state == "rejected":
                 code = EXIT_REJECTED
                 if config.gate.on_reject == "stop":
                     break
         if world.is_main:
-            final_report(config, chain, tracker.uri)
+            final_report(config, history, tracker.uri)
             tracker.close()
-            mark(work_dir, FINISHED, {"exit_code": code, "head": chain[0].sha256 if chain else None})
+            mark(work_dir, FINISHED, {"exit_code": code, "head": history.head_sha256})
     except BaseException as error:
         if isinstance(error, StoppedOnRequest):
             if world.is_main:
@@ -103,47 +115,74 @@ def learn(
     job: Job,
     task: PreparedTask,
     prepared: dict[str, PreparedTask],
-    chain: list[Manifest],
+    history: History,
     backbone: dict[str, str],
     tracker: Tracker | None,
     stop: StopFlag,
 ) -> Manifest:
-    """One increment, from the champion to a published manifest. Collective; the manifest is the same on every rank."""
-    world = job.world
-    increment = next_increment(job, task.task, chain)
-    key = inputs_key(job, task, chain, backbone)
+    """One increment, from the champion to a published manifest. Collective; the manifest is the same on every rank.
+
+    `job.seconds` then holds what its parts took.
+    """
+    world, config = job.world, job.config
+    job.seconds.clear()
+    increment = next_increment(job, task.task, history)
+    key = inputs_key(job, task, history, backbone)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    run_id = ""
+    run_id, step_seconds = "", []
     if tracker is not None:
-        run_id = tracker.increment(increment.number, task.task, key).info.run_id
-        tracker.log_params({**job.config.model_dump(mode="json"), "world_size": world.size})
-        for split, digest in task.data_digests.items():
-            context = {"train": "training", "validation": "validation", "test": "testing"}[split]
-            tracker.log_inputs(split, digest, len(task.splits[split]), list(task.files), context)
+        with job.timed("tracking"):
+            run_id = open_run(tracker, job, increment.number, task, key)
+
+    startup: dict[str, Any] = {}
 
     def log(step: StepLog) -> None:
+        step_seconds.append(step.seconds)
+        if job.clock.running:
+            job.clock.stop(step.seconds)
+            startup.update(job.clock.record())
+            say(world, job.clock.line())
         if tracker is not None and (step.step % 5 == 0 or step.step == 1):
             tracker.log_metrics(step.step, step_metrics(step))
 
     say(world, f"\n== increment {increment.number}: {task.task}")
-    trained = train(job, increment, task, key, stop, log)
+    with job.timed("train"):
+        trained = train(job, increment, task, key, stop, log)
+    job.seconds["step"] = statistics.median(step_seconds) if step_seconds else 0.0
     stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
-    scored = measurable(prepared, task, chain, job.learning_digest)
-    router, trained = with_router(trained, learn_router(job, increment, scored))
-    evaluated = evaluate(job, increment, scored, trained, router)
+    sample = config.evaluation.earlier_tasks, config.seed
+    at_hand = measurable(prepared, task, history, job.learning_digest) if config.router else {}
+    with job.timed("router"):
+        router, trained = with_router(trained, learn_router(job, increment, at_hand))
+    with job.timed("evaluate"):
+        scored = measurable(prepared, task, history, job.learning_digest, *sample)
+        evaluated = evaluate(job, increment, scored, trained, router, at_hand)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
-    verdict = gate(job.config.gate, task.task, evaluated.row, champion_row(chain))
-    context = Context(chain, backbone, key, run_id, started, getpass.getuser())
-    manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))
-    if tracker is not None:
+    verdict = gate(config.gate, task.task, evaluated.row, history.row)
+    context = Context(history, backbone, key, run_id, started, getpass.getuser(), startup)
+    with job.timed("register"):
+        manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))
+    if world.is_main:
         shutil.rmtree(job.inflight, ignore_errors=True)
-        record(tracker, job.work_dir, manifest)
+    if tracker is not None:
+        with job.timed("tracking"):
+            record(tracker, job.work_dir, manifest)
     say(world, f"increment {manifest.increment} {manifest.verdict}: {'; '.join(verdict.reasons) or 'all rules hold'}")
     return manifest
 
 
+def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: str) -> str:
+    """Open an increment's MLflow run with its parameters and data sets; returns its id."""
+    run_id = tracker.increment(number, task.task, key).info.run_id
+    tracker.log_params({**job.config.model_dump(mode="json"), "world_size": job.world.size})
+    for split, digest in task.data_digests.items():
+        context = {"train": "training", "validation": "validation", "test": "testing"}[split]
+        tracker.log_inputs(split, digest, task.counts[split]["kept"], list(task.files), context)
+    return run_id
+
+
 def prepare_tasks(
-    config: StreamConfig, tokenizer: PreTrainedTokenizerFast, world: World, chain: list[Manifest], until: str | None
+    config: StreamConfig, tokenizer: PreTrainedTokenizerFast, world: World, history: History, until: str | None
 ) -> dict[str, PreparedTask]:
     """Validate and prepare the stream's tasks, dealt out over the ranks; nobody waits inside a device collective.
 
@@ -152,7 +191,7 @@ def prepare_tasks(
     done: dict[int, Any] = {}
     for index in range(world.rank, len(config.tasks), world.size):
         try:
-            validated = validate(config.tasks[index], config, tokenizer, chain)
+            validated = validate(config.tasks[index], config, tokenizer, history)
             prepare(validated, tokenizer)
             done[index] = (validated.contract, validated.shards)
         except UserError as error:
@@ -180,10 +219,10 @@ def prepare_only(config: StreamConfig, stages: Sequence[str]) -> int:
     code.
     """
     tokenizer = load_tokenizer(config.backbone)
-    chain = load_chain(config.work_path())
+    history = History.of(load_chain(config.work_path()))
     contracts = []
     for path in config.tasks:
-        validated = validate(path, config, tokenizer, chain)
+        validated = validate(path, config, tokenizer, history)
         contracts.append(validated.contract)
         print(validated.clean.verdict.render() if validated.clean else f"{validated.contract.task}: prepared already")
         if "prepare" in stages:
@@ -192,10 +231,8 @@ def prepare_only(config: StreamConfig, stages: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def open_work_dir(work_dir: Path) -> list[Manifest]:
-    """Make the work_dir usable and read its chain, newest first. Raises UserError where it cannot be written or
-    read.
-    """
+def open_work_dir(work_dir: Path) -> History:
+    """Make the work_dir usable and read its chain. Raises UserError where it cannot be written or read."""
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         for marker in (FINISHED, STOPPED):
@@ -203,16 +240,16 @@ def open_work_dir(work_dir: Path) -> list[Manifest]:
     except OSError as error:
         raise UserError(f"work_dir {work_dir}: cannot be written ({error.strerror}); choose another") from error
     clean_left_overs(work_dir)
-    return load_chain(work_dir)
+    return History.of(load_chain(work_dir))
 
 
-def open_tracker(config: StreamConfig, world: World, chain: list[Manifest]) -> Tracker | None:
+def open_tracker(config: StreamConfig, world: World, history: History) -> Tracker | None:
     """Rank 0's tracker, which knows of every published increment. Its UserError is raised on every rank."""
     opened: list[Tracker] = []
 
     def work() -> None:
         opened.append(Tracker(config.work_path(), config.stream, config.tracking))
-        catch_up(opened[0], config.work_path(), chain)
+        catch_up(opened[0], config.work_path(), history.head)
 
     world.on_main(work)
     return opened[0] if opened else None
@@ -229,12 +266,12 @@ def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
     tracker.finish()
 
 
-def catch_up(tracker: Tracker, work_dir: Path, chain: list[Manifest]) -> None:
+def catch_up(tracker: Tracker, work_dir: Path, head: Manifest | None) -> None:
     """Register the newest increment where a launch was killed between its publishing and its registration."""
-    if chain and not tracker.registry.is_registered(chain[0]):
-        run = json.loads((work_dir / "increments" / chain[0].folder / "run.json").read_text())
-        tracker.increment(chain[0].increment, chain[0].task, run["inputs_key"])
-        record(tracker, work_dir, chain[0])
+    if head is not None and not tracker.registry.is_registered(head):
+        run = json.loads((work_dir / "increments" / head.folder / "run.json").read_text())
+        tracker.increment(head.increment, head.task, run["inputs_key"])
+        record(tracker, work_dir, head)
 
 
 def step_metrics(step: StepLog) -> dict[str, float]:

@@ -1,26 +1,37 @@
-"""What the chain says about the next increment. Functions of manifests (newest first) and the task at hand."""
+"""What the chain says about the next increment. Functions of its history and the task at hand."""
 
 from collections.abc import Mapping
 from typing import Literal
+
+import torch
 
 from data_contracts.errors import UserError
 from pipeline.config import StreamConfig
 from pipeline.data.tokens import PreparedTask
 from pipeline.files import canonical_json, sha256_text
-from pipeline.methods.protocol import Bundle, Increment
+from pipeline.methods.protocol import Bundle, Increment, Method
 from pipeline.stages.job import Job
 from pipeline.stages.route import router_of
-from pipeline.tracking.chain import fold
-from pipeline.tracking.manifest import ROUTER, Manifest
+from pipeline.tracking.history import History
+from pipeline.tracking.manifest import ROUTER
 
 
-def check_same_model(config: StreamConfig, backbone: dict[str, str], chain: list[Manifest]) -> None:
+def check_sampling(config: StreamConfig, method: Method) -> None:
+    """Raise UserError where earlier tasks are sampled though all of them move: some would be served unmeasured."""
+    if config.evaluation.earlier_tasks is not None and method.retention.policy == "follow":
+        raise UserError(
+            f"evaluation.earlier_tasks: with method {config.method['name']} and retention follow every earlier task "
+            "moves in each increment and must be scored again; remove the key, or use moe_cl with retention best or pin"
+        )
+
+
+def check_same_model(config: StreamConfig, backbone: dict[str, str], history: History) -> None:
     """Raise UserError where the stream describes another model than the one the published experts belong to.
 
     An expert's tensors mean something only with their backbone, rank, scale and targets. A rejected increment binds
     nothing.
     """
-    promoted = next((manifest for manifest in chain if manifest.verdict == "promoted"), None)
+    promoted = history.promoted
     if promoted is None:
         return
     then, now = promoted.learning["method"], config.method
@@ -40,52 +51,57 @@ def check_same_model(config: StreamConfig, backbone: dict[str, str], chain: list
             )
 
 
-def standing(task: PreparedTask, chain: list[Manifest], learning_digest: str) -> Literal["new", "learned", "rejected"]:
+def standing(task: PreparedTask, history: History, learning_digest: str) -> Literal["new", "learned", "rejected"]:
     """Whether this task with this contract and data is learned, was rejected with these very inputs, or is to be
     learned.
 
     A new contract version or new data makes a known task new again; a changed learning configuration gives a rejected
     one another try and leaves a learned one alone.
     """
-    for manifest in chain:
-        if manifest.task != task.task:
-            continue
-        data = {split: record.digest for split, record in manifest.data.items()}
-        same = manifest.contract.digest == task.contract.digest and data == task.data_digests
-        if manifest.verdict == "promoted":
+    for entry in history.of_task(task.task):
+        same = entry.contract.digest == task.contract.digest and entry.data == task.data_digests
+        if entry.verdict == "promoted":
             return "learned" if same else "new"
-        if same and manifest.learning_digest == learning_digest:
+        if same and entry.learning_digest == learning_digest:
             return "rejected"
     return "new"
 
 
 def measurable(
-    prepared: dict[str, PreparedTask], task: PreparedTask, chain: list[Manifest], learning_digest: str
+    prepared: dict[str, PreparedTask],
+    task: PreparedTask,
+    history: History,
+    learning_digest: str,
+    earlier_tasks: int | None = None,
+    seed: int = 0,
 ) -> dict[str, PreparedTask]:
-    """The tasks whose scores this increment's row may hold: its own, and those learned from the data at hand.
+    """The tasks that this increment's row scores: its own, and those learned from the data at hand, or at most
+    `earlier_tasks` of these, drawn by seed and increment.
 
     A known task with new data that is still to be learned is left out: its old score was measured on other rows.
     """
-    return {
-        name: other
-        for name, other in prepared.items()
-        if name == task.task or standing(other, chain, learning_digest) == "learned"
-    }
+    chosen = {task.task: task}
+    earlier = [name for name in history.learned if name != task.task]
+    draw = int(sha256_text(f"earlier_tasks/{seed}/{len(history.entries) + 1}")[:15], 16)
+    for place in torch.randperm(len(earlier), generator=torch.Generator().manual_seed(draw)).tolist():
+        if earlier_tasks is not None and len(chosen) > earlier_tasks:
+            break
+        other = prepared.get(earlier[place])
+        if other is not None and standing(other, history, learning_digest) == "learned":
+            chosen[other.task] = other
+    return chosen
 
 
-def next_increment(job: Job, task: str, chain: list[Manifest]) -> Increment:
+def next_increment(job: Job, task: str, history: History) -> Increment:
     """The increment that learns `task` next, with the method state it asks for. Collective."""
-    champion = fold(chain)
-    promoted = [manifest.task for manifest in reversed(chain) if manifest.verdict == "promoted"]
-    states = champion.state if champion else {}
     increment = Increment(
-        number=len(chain) + 1,
+        number=len(history.entries) + 1,
         task=task,
         seed=job.config.seed,
-        bundles=champion.bundles if champion else {},
-        states=without_router(states),
-        order=learned_order(promoted),
-        router=router_of(states),
+        bundles=history.bundles,
+        states=without_router(history.state),
+        order=tuple(history.learned),
+        router=router_of(history.state),
     )
     needed = {name: increment.states[name]["state"] for name in job.method.states_needed(increment)}
     files = job.read_bank(list(needed.values()))
@@ -98,22 +114,7 @@ def without_router(states: Mapping[str, Bundle]) -> dict[str, Bundle]:
     return {task: names for task, names in own.items() if names}
 
 
-def learned_order(promoted: list[str]) -> tuple[str, ...]:
-    """Tasks by their newest promoted increment, oldest first."""
-    return tuple(reversed(dict.fromkeys(reversed(promoted))))
-
-
-def champion_row(chain: list[Manifest]) -> dict[str, float]:
-    """Each task's score in the newest promoted increment that measured it."""
-    row: dict[str, float] = {}
-    for manifest in reversed(chain):
-        if manifest.verdict == "promoted":
-            row |= manifest.row
-    return row
-
-
-def inputs_key(job: Job, task: PreparedTask, chain: list[Manifest], backbone: dict[str, str]) -> str:
+def inputs_key(job: Job, task: PreparedTask, history: History, backbone: dict[str, str]) -> str:
     """Digest of everything an increment's result depends on, save placement: names its in-flight state and its run."""
-    parent = chain[0].sha256 if chain else None
-    parts = [parent, task.contract.digest, task.data_digests, job.learning_digest, backbone]
+    parts = [history.head_sha256, task.contract.digest, task.data_digests, job.learning_digest, backbone]
     return sha256_text(canonical_json(parts))

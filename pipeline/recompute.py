@@ -8,6 +8,7 @@ from pipeline.serving import Served
 from pipeline.stages.evaluate import measure
 from pipeline.stages.prepare import prepare
 from pipeline.stages.validate import validate
+from pipeline.tracking.history import History
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ def recompute(served: Served, tasks: Sequence[str] | None = None) -> list[Recomp
     for task in tasks or ():
         served.bundle(task)
     cells = []
-    recorded = served.chain[0].row
+    recorded, history = served.chain[0].row, History.of(served.chain)
     for path in job.config.tasks:
-        prepared = job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, served.chain))
+        prepared = job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, history))
         name = prepared.contract.task
         if name not in served.champion.bundles or (tasks and name not in tasks):
             continue

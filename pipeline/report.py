@@ -1,6 +1,7 @@
 """What a run prints at its start and at its end."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config import StreamConfig
@@ -11,13 +12,13 @@ from pipeline.evaluation.review_cost import REVIEW
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import full_shape
-from pipeline.tracking.manifest import Manifest
-from pipeline.tracking.matrix_rows import matrix_of
+from pipeline.tracking.history import History
+from pipeline.tracking.matrix_rows import SHOWN, matrix_of, newest_rows
 from pipeline.tracking.mlflow_log import how_to_open
 
 
 def print_start(
-    config: StreamConfig, world: World, learner: Learner, prepared: dict[str, PreparedTask], chain: list[Manifest]
+    config: StreamConfig, world: World, learner: Learner, prepared: dict[str, PreparedTask], history: History
 ) -> None:
     """The resolved configuration, the derived numbers and what was inherited; once, on rank 0."""
     print(json.dumps(config.model_dump(mode="json"), indent=1))
@@ -29,30 +30,31 @@ def print_start(
     print(f"world size {world.size} on {world.device}, ZeRO {config.deepspeed}, batch {training.batch_size} rows")
     print("trainable parameters: " + (", ".join(f"{name} {n:,}" for name, n in counts.items()) or "none"))
     for name, task in prepared.items():
-        rows = min(len(task.splits["train"]), config.rows.train or 10**12)
+        rows = min(task.counts["train"]["kept"], config.rows.train or 10**12)
         steps = num_steps(rows, training.epochs, training.batch_size)
         print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps")
-    inherited = ", ".join(f"{m.increment} {m.task} ({m.verdict})" for m in reversed(chain))
+    inherited = ", ".join(f"{entry.increment} {entry.task} ({entry.verdict})" for entry in history.entries)
     print(f"inherited increments: {inherited or 'none'}", flush=True)
 
 
-def final_report(config: StreamConfig, chain: list[Manifest], tracking_uri: str) -> None:
+def final_report(config: StreamConfig, history: History, tracking_uri: str) -> None:
     """The accuracy matrix with the baselines, the continual-learning metrics, and where everything is."""
-    promoted = [manifest for manifest in reversed(chain) if manifest.verdict == "promoted"]
-    if not promoted:
+    if not history.learned:
         print("no increment was promoted yet")
         return
-    folders = [config.work_path() / "increments" / manifest.folder for manifest in promoted]
-    tasks, rows, names = matrix_of((manifest.task, manifest.row) for manifest in promoted)
+    increments = config.work_path() / "increments"
+    tasks, rows, names = matrix_of(newest_rows(history.learned, SHOWN))
     print(f"\n{config.method['name']} on stream {config.stream}: test scores after each increment\n")
-    print(matrix.render_table(tasks, rows, baseline_rows(folders), names))
-    print_router(folders)
+    print(matrix.render_table(tasks, rows, baseline_rows(increments / history.learned[t].folder for t in tasks), names))
+    if len(tasks) < len(history.learned):
+        print(f"the newest {len(tasks)} of {len(history.learned)} tasks; every row stands in its increment's row.json")
+    print_router([increments / history.learned[task].folder for task in tasks])
     print()
-    for line in metric_lines(promoted):
+    for line in metric_lines(history):
         print(line)
-    for line in review_lines(folders[-1]):
+    for line in review_lines(increments / history.learned[tasks[-1]].folder):
         print(line)
-    print(f"heat map     {folders[-1] / 'report.png'}")
+    print(f"heat map     {increments / history.learned[tasks[-1]].folder / 'report.png'}")
     print(f"MLflow       {tracking_uri}")
     print(f"  open it:   {how_to_open(tracking_uri)}", flush=True)
 
@@ -84,22 +86,33 @@ def review_lines(folder: Path) -> list[str]:
     return lines
 
 
-def metric_lines(promoted: list[Manifest]) -> list[str]:
-    """ACC, BWT and forgetting on test, BWT on validation, from the chain's promoted increments, oldest first."""
-    _, test, _ = matrix_of((manifest.task, manifest.row) for manifest in promoted)
-    _, validation, _ = matrix_of((manifest.task, manifest.validation_row) for manifest in promoted)
-    last = len(test)
-    if any(test[t][i] is None or validation[t][i] is None for t in range(last) for i in range(t + 1)):
-        return ["ACC, BWT    not defined: an earlier task was not measured in every increment"]
-    lines = [f"ACC          {100 * matrix.acc(test):.2f}"]
-    if last > 1:
-        on_test, on_validation = 100 * matrix.bwt(test, last), 100 * matrix.bwt(validation, last)
-        lines.append(f"BWT          {on_test:+.2f} on test, {on_validation:+.2f} on validation")
-        lines.append("forgetting   " + ", ".join(f"{100 * value:.2f}" for value in matrix.forgetting(test)))
+def metric_lines(history: History) -> list[str]:
+    """ACC, BWT and forgetting on test, BWT on validation, from each task's newest promotion, oldest first.
+
+    Where the last increment did not score all tasks, the figures are over those it scored, and the lines say so.
+    """
+    learned = list(history.learned.values())
+    test = matrix.sampled_columns({entry.task: entry.row for entry in learned})
+    validation = matrix.sampled_columns({entry.task: entry.validation_row for entry in learned})
+    total, scored = len(learned), len(test)
+    over = "" if scored == total else f" over the {scored} of {total} tasks scored after the last increment"
+    lines = [f"ACC          {100 * matrix.sampled_acc(test):.2f}{over}"]
+    if over:
+        mean = sum(history.row[entry.task] for entry in learned) / total
+        lines.append(f"last scores  {100 * mean:.2f} mean of all {total} tasks, each when it was scored last")
+    if scored > 1:
+        over = over and f" over {scored - 1} of {total - 1} earlier tasks"
+        on_test, on_validation = 100 * matrix.sampled_bwt(test), 100 * matrix.sampled_bwt(validation)
+        lines.append(f"BWT          {on_test:+.2f} on test, {on_validation:+.2f} on validation{over}")
+        falls = [100 * value for value in matrix.sampled_forgetting(test)]
+        if scored <= SHOWN:
+            lines.append("forgetting   " + ", ".join(f"{value:.2f}" for value in falls))
+        else:
+            lines.append(f"forgetting   {sum(falls) / scored:.2f} in the mean, {max(falls):.2f} at most")
     return lines
 
 
-def baseline_rows(folders: list[Path]) -> dict[str, dict[str, float]]:
+def baseline_rows(folders: Iterable[Path]) -> dict[str, dict[str, float]]:
     """{baseline: {task: score}} as the increments recorded them."""
     rows: dict[str, dict[str, float]] = {}
     for folder in folders:

@@ -34,8 +34,8 @@ OPTIONS = """
     rows.train rows.validation rows.test
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
     training.routed_learning_rate training.weight_decay training.warmup_fraction training.gradient_clipping
-    training.save_every
-    evaluation.batch_tokens evaluation.baselines evaluation.review
+    training.save_every training.activation_checkpointing
+    evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks evaluation.review
     router
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
@@ -235,6 +235,7 @@ def learned(stream: Path, *overrides: str) -> str:
         "deepspeed=deepspeed_configs/zero2.json",
         "tracking.uri=http://host",
         "training.save_every=1",
+        "training.activation_checkpointing=true",
         "gate.on_reject=continue",
     ],
 )

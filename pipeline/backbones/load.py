@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from data_contracts.errors import UserError
+from pipeline.backbones import attention
 from pipeline.backbones.families import Family, family_of
 from pipeline.config import BackboneConfig
 from pipeline.files import canonical_json, sha256_file, sha256_text
@@ -62,7 +63,7 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
 
 
 def skeleton(config: BackboneConfig) -> tuple[PreTrainedModel, Family]:
-    """The stock model without weights, and its family: frozen, eval mode, sdpa attention, tied weights one object.
+    """The stock model without weights, and its family: frozen, eval mode, tied weights one object.
 
     Parameters and the buffers that a checkpoint holds are on the meta device, for `placement.materialise`. What the
     model computes itself, such as rotary frequencies, is real and on the CPU.
@@ -71,7 +72,10 @@ def skeleton(config: BackboneConfig) -> tuple[PreTrainedModel, Family]:
     family = family_of(model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            model_config, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", trust_remote_code=False
+            model_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention.NAME,
+            trust_remote_code=False,
         )
     for module in model.modules():
         if module._non_persistent_buffers_set:

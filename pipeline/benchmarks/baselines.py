@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from data_contracts import TaskContract
-from pipeline.benchmarks.tfidf import tfidf_predictions
 from pipeline.data.tokens import PreparedTask, RowView, answer_tokens
 from pipeline.evaluation import metrics
 from pipeline.evaluation.answers import answer_rows, task_score
@@ -80,6 +79,8 @@ def zero_shot_score(
 
 def tfidf_score(contract: TaskContract, views: Mapping[str, RowView]) -> float:
     """Test score of TF-IDF with logistic regression on the same rows; its C is chosen on validation."""
+    from pipeline.benchmarks.tfidf import tfidf_predictions  # scikit-learn: half a second that training never needs
+
     columns = {split: (view.column("text"), view.column("reference")) for split, view in views.items()}
     predictions = tfidf_predictions(*columns["train"], *columns["validation"], columns["test"][0])
     return metrics.score(contract.metric, predictions, columns["test"][1])

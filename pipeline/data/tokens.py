@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task ready for batches: the contract, one memory-mapped dataset a split, the label texts' tokens."""
+    """A task ready for batches: the contract, its splits on disk, the label texts' tokens."""
 
     contract: TaskContract
-    splits: dict[str, datasets.Dataset]
+    splits: Mapping[str, datasets.Dataset]
     label_ids: tuple[tuple[int, ...], ...]  # tokens of each label's text, in the contract's order; () for generation
     end_of_answer: int  # token that closes an answer
     data_digests: dict[str, str]
@@ -64,6 +64,27 @@ class PreparedTask:
         dataset = self.splits[split]
         chosen = select_rows(len(dataset), limit, seed, f"{self.task}/{split}")
         return RowView(dataset if len(chosen) == len(dataset) else dataset.select(chosen), self.end_of_answer)
+
+
+class Shards(Mapping[str, datasets.Dataset]):
+    """The splits of a shard folder, memory-mapped when asked for and let go with their user.
+
+    A stream of thousands of tasks keeps neither files nor mappings open for those that are not at work.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, split: str) -> datasets.Dataset:
+        if split not in SPLITS:
+            raise KeyError(split)
+        return datasets.load_from_disk(str(self.folder / split))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SPLITS)
+
+    def __len__(self) -> int:
+        return len(SPLITS)
 
 
 class RowView:
@@ -176,13 +197,12 @@ def _without_end(prompt_ids: pa.ChunkedArray, end: int | None) -> pa.ListArray:
 
 
 def open_shards(contract: TaskContract, folder: Path) -> PreparedTask:
-    """Memory-map a shard folder."""
+    """A shard folder, ready to be mapped."""
     meta = json.loads((folder / "meta.json").read_text())
-    splits = {split: datasets.load_from_disk(str(folder / split)) for split in SPLITS}
     label_ids = tuple(tuple(ids) for ids in meta["label_ids"])
     return PreparedTask(
         contract=contract,
-        splits=splits,
+        splits=Shards(folder),
         label_ids=label_ids,
         end_of_answer=meta["end_of_answer"],
         data_digests=meta["data_digests"],

@@ -3,7 +3,12 @@
 `R[t - 1][i - 1]` is the score in [0, 1] on task i after increment t, where increment t learned task t; None where it
 was not evaluated. As in the formulas, t and i count from 1 in arguments. A function that meets a None in its sum raises
 ValueError: a mean over other cells would be another number.
+
+Where an increment scores a sample of the earlier tasks, the `sampled_` functions give the same figures over the tasks
+that the last increment scored; whoever shows them says how many those are.
 """
+
+from collections.abc import Mapping
 
 Matrix = list[list[float | None]]
 
@@ -48,6 +53,41 @@ def forgetting(R: Matrix) -> list[float]:
     """Per task F_i = max over i <= t <= T of R[t][i], minus R[T][i]: never negative, 0 for the last task."""
     last = len(R)
     return [max(_cell(R, t, i) for t in range(i, last + 1)) - _cell(R, last, i) for i in range(1, last + 1)]
+
+
+def sampled_columns(rows: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
+    """The scores of each task that the last increment scored, from R[i][i] down to R[T][i], where there is one.
+
+    `rows` are the rows of R by the task learned, in the order of learning, each {task: score}. Cells right of the
+    diagonal do not count.
+    """
+    last = list(rows.values())[-1] if rows else {}
+    columns: dict[str, list[float]] = {}
+    for task, row in rows.items():
+        if task in last:
+            columns[task] = []
+        for name, column in columns.items():
+            if name in row:
+                column.append(row[name])
+    return columns
+
+
+def sampled_acc(columns: Mapping[str, list[float]]) -> float:
+    """Mean of R[T][i] over the tasks i scored after increment T: `acc` where those are all."""
+    return sum(column[-1] for column in columns.values()) / len(columns)
+
+
+def sampled_bwt(columns: Mapping[str, list[float]]) -> float | None:
+    """Mean of R[T][i] - R[i][i] over the earlier tasks scored after increment T: `bwt` where those are all; None for
+    none.
+    """
+    earlier = list(columns.values())[:-1]  # the last is the one just learned
+    return sum(column[-1] - column[0] for column in earlier) / len(earlier) if earlier else None
+
+
+def sampled_forgetting(columns: Mapping[str, list[float]]) -> list[float]:
+    """F_i of the tasks scored after increment T: the fall from the best of their scores to the last one."""
+    return [max(column) - column[-1] for column in columns.values()]
 
 
 def _cell(R: Matrix, t: int, i: int) -> float:

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 
 from rapidfuzz import fuzz
-from rouge_score.rouge_scorer import RougeScorer
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and Han: written without blanks, so a character is a word
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
@@ -65,6 +64,8 @@ class _Words:
 def rouge_l(predictions: list[str], references: list[str]) -> float:
     """Mean F-measure of the longest common subsequence of words (Lin 2004), without stemming."""
     _check_rows(predictions, references)
+    from rouge_score.rouge_scorer import RougeScorer  # brings NLTK, which most tasks never need
+
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = zip(references, predictions, strict=True)
     return sum(scorer.score(*pair)["rougeL"].fmeasure for pair in pairs) / len(references)

@@ -28,7 +28,8 @@ def heat_map(
     """
     names = row_names or [f"{t}: {tasks[t - 1]}" for t in range(1, len(R) + 1)]
     rows, columns = len(R), len(tasks)
-    figure = Figure(figsize=(3.0 + 1.1 * min(columns, 24), 2.0 + 0.6 * min(rows, 40)), dpi=120, layout="constrained")
+    size = min(3.0 + 1.1 * columns, 14.0), min(2.0 + 0.6 * rows, 10.0)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.add_subplot()
     points = [[float("nan") if value is None else 100 * value for value in row] for row in R]
     image = axes.imshow(points, cmap=_COLOURS, vmin=0, vmax=100, aspect="auto")
@@ -38,19 +39,17 @@ def heat_map(
     axes.set_xlabel("score on")
     axes.set_ylabel("after increment")
     axes.set_title(title)
-    axes.set_xticks([column - 0.5 for column in range(1, columns)], minor=True)
-    axes.set_yticks([row - 0.5 for row in range(1, rows)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0)
+    axes.vlines([column - 0.5 for column in range(1, columns)], -0.5, rows - 0.5, color="white", linewidth=2)
+    axes.hlines([row - 0.5 for row in range(1, rows)], -0.5, columns - 0.5, color="white", linewidth=2)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if max(rows, columns) <= _LARGEST_ANNOTATED:
         for row, values in enumerate(points):
             for column, value in enumerate(values):
-                known = value == value  # NaN is not itself
-                text = f"{value:.1f}" if known else "-"
-                axes.text(
-                    column, row, text, ha="center", va="center", color="white" if known and value > 55 else "black"
-                )
+                if value == value:  # NaN is not itself: a cell without a score stays grey
+                    colour = "white" if value > 55 else "black"
+                    axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, label="points of 100")
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})

@@ -9,6 +9,7 @@ discriminator outputs, K earlier tasks drawn.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,20 @@ class Negatives:
     classes: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where each token is pooled."""
+
+    slot: torch.Tensor  # (tokens,) its sequence
+    share: torch.Tensor  # (tokens,) 1, or 0 for padding
+    lengths: torch.Tensor  # (B, 1) tokens of each sequence
+
+    @classmethod
+    def of(cls, pool: torch.Tensor) -> "Places":
+        """From a pool, (B, tokens)."""
+        return cls(pool.argmax(dim=0), pool.sum(dim=0), pool.sum(dim=1, keepdim=True))
+
+
 @dataclass
 class AdversaryStep:
     """What the layers need to play the game on one micro-batch.
@@ -67,6 +82,11 @@ class AdversaryStep:
     scale: float
     negatives: Negatives | None = None
     cross_entropy: list[torch.Tensor] = field(default_factory=list)  # one detached sum a layer, for the log
+
+    @cached_property
+    def places(self) -> Places:
+        """The same as `pool` by token, worked out once for all layers."""
+        return Places.of(self.pool)
 
 
 class Discriminator(nn.Linear):
@@ -91,9 +111,3 @@ class Discriminator(nn.Linear):
         logits = F.linear(features.to(wide), self.weight.to(wide), self.bias.to(wide))
         logits[:, step.num_classes :] = float("-inf")
         return F.cross_entropy(logits, classes, reduction="none")
-
-
-def pooled_mean(states: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-    """Mean over each sequence's tokens: states (N, S, F) of packed rows, membership (B, N * S) -> (B, F)."""
-    membership = pool.to(states.dtype)  # ones and zeros, exact in every dtype; the division comes after the sum
-    return (membership @ states.reshape(-1, states.shape[-1])) / membership.sum(dim=1, keepdim=True)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from pipeline.backbones.families import RoutedBlock
-from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator
+from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator, Places
 from pipeline.experts.dispatch import route
 from pipeline.experts.kernel import Frozen, MixedSwiglu, Shape
 from pipeline.experts.lora import LoraExpert, LoraOptions
@@ -126,12 +126,13 @@ class ExpertFFN(nn.Module):
         frozen = Frozen(gate.weight, up.weight, down.weight, gate.bias, up.bias)
         notes = None
         if pool is not None:
-            notes = pool.argmax(dim=0), pool.sum(dim=0), len(pool)  # the division comes after the sum
+            places = self.adversary.places if self.adversary is not None else Places.of(pool)
+            notes = places.slot, places.share, len(pool)  # the division comes after the sum
         y, sums = self._mixed(experts, frozen, ffn.act_fn, x, notes, None)
         y = add(y, down.bias)
         if pool is None:
             return y, None
-        mean = sums / pool.sum(dim=1, keepdim=True).to(sums.dtype)
+        mean = sums / places.lengths.to(sums.dtype)
         return y, add(_linear(down, mean), expert_down([mean], experts[self._shared() :][:1], self.scaling))
 
     def _routed(self, x: torch.Tensor, pool: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -178,7 +179,8 @@ class ExpertFFN(nn.Module):
         # the gate reads x alone, so the owner of a routed expert computes it again where the token landed
         beta = self.gate_weights(x)[:, self._places()] if len(experts) > 1 else None
         targeted = tuple(experts[0])
-        shape = Shape(counts, self.scaling, targeted, len(experts), dropout, pooled_rows, self._shared())
+        whole = len(experts) == len(self.roles)  # the softmax is over those that speak
+        shape = Shape(counts, self.scaling, targeted, len(experts), dropout, pooled_rows, self._shared(), whole)
         if not isinstance(act_fn, (nn.SiLU, SiLUActivation)) or frozen.gate.requires_grad:
             return plain_mixed(shape, act_fn, x, dropped, beta, slot, share, frozen, experts)
         lora = [p for expert in experts for name in targeted for p in (expert[name].lora_A, expert[name].lora_B)]

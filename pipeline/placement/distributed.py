@@ -1,5 +1,6 @@
 """The process group of a job: started from the launcher's, SLURM's or no environment at all; small object exchanges."""
 
+import ctypes
 import logging
 import os
 import warnings
@@ -112,7 +113,13 @@ def start_world(timeout_seconds: int = 1800) -> World:
     accelerator = get_accelerator()
     # DeepSpeed would compile a shared-memory op for CPU ranks; training is the same to the bit without it
     __compatible_ops__["deepspeed_shm_comm"] = False
-    if accelerator.device_name() != "cpu":
+    if hasattr(torch.compiler, "set_default_backend"):  # from torch 2.13
+        # DeepSpeed decorates its Muon optimizer with torch.compile in every process, which imports all of Inductor;
+        # nothing of this pipeline is compiled
+        torch.compiler.set_default_backend("eager")
+    if accelerator.device_name() == "cpu":
+        keep_freed_memory()
+    else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = accelerator.communication_backend_name()
     try:
@@ -129,3 +136,17 @@ def start_world(timeout_seconds: int = 1800) -> World:
     if size > 1:
         control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=CPU_WORK_TIMEOUT))
     return World(dist.get_rank(), size, torch.device(accelerator.current_device_name()), control)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system, on a machine whose tensors it allocates.
+
+    By default every tensor above 128 KB is mapped afresh and each of its pages faults once, which costs a fourth of
+    an expert network's time. A process then holds what it held at its peak. A library without `mallopt` is left alone.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 64 << 20)

@@ -5,6 +5,7 @@ from the bank (DESIGN section 9).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.backbones.families import PROJECTIONS, family_of
 from pipeline.backbones.load import load_config, skeleton
 from pipeline.config import StreamConfig
 from pipeline.experts.attach import Components, ExpertPlan, Experts, attach_experts, components_of
+from pipeline.experts.checkpointing import checkpoint_activations
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.linear import ExpertLinear
 from pipeline.experts.lora import targeted_projections
@@ -156,10 +158,18 @@ def check_world(config: StreamConfig, world: World) -> None:
     check_degrees(expert_parallel_size(config), world.size, family_of(model_config), model_config)
 
 
-def build_learner(config: StreamConfig, plan: ExpertPlan | None, world: World, *, train: bool) -> Learner:
+def build_learner(
+    config: StreamConfig,
+    plan: ExpertPlan | None,
+    world: World,
+    *,
+    train: bool,
+    passed: Callable[[str], None] = lambda phase: None,
+) -> Learner:
     """Load, attach experts, partition. With `train` there is an optimizer over the plan's components and nothing else.
 
-    `check_before_loading` and `check_world` have refused what cannot work.
+    `check_before_loading` and `check_world` have refused what cannot work. `passed` is told when the phases `backbone`
+    and `engine` are done.
     """
     raw = read_deepspeed_config(config.deepspeed)
     parallel = join(raw.pop("expert_parallel", {}).get("autoep_size", 1))
@@ -171,6 +181,8 @@ def build_learner(config: StreamConfig, plan: ExpertPlan | None, world: World, *
     parameters, buffers = stock_tensors(backbone)
     experts = attach_experts(backbone, family, plan, parallel)
     components = components_of(experts)
+    if config.training.activation_checkpointing:
+        checkpoint_activations(backbone, family)
     checkpoint = Checkpoint(config.backbone.path, family, backbone.config)
     dtype = getattr(torch, config.backbone.dtype)
     materialise(parameters, buffers, checkpoint, world.device, dtype, settings if stage == 3 else None)
@@ -183,6 +195,7 @@ def build_learner(config: StreamConfig, plan: ExpertPlan | None, world: World, *
             parameter.requires_grad_(train)
     if stage == 3 and (leaves := {type(m) for m in model.modules()} & {ExpertFFN, ExpertLinear}):
         set_z3_leaf_modules(model, list(leaves))
+    passed("backbone")
     engine = None
     if train or stage == 3:
         optimizer = None
@@ -195,6 +208,7 @@ def build_learner(config: StreamConfig, plan: ExpertPlan | None, world: World, *
             parameter.data = data.to(world.device)
     else:
         model.to(world.device)
+    passed("engine")
     return Learner(world, model, experts, components, engine)
 
 

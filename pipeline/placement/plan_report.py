@@ -86,8 +86,9 @@ def _traffic(found: Plan) -> Rows:
     return [
         ("all-to-all of token copies", f"{_bytes(traffic.all_to_all)}, {seconds['all_to_all']}"),
         ("  of it to other ranks, even routing", _bytes(traffic.all_to_all_leaving)),
-        ("all-gather, received", f"{_bytes(_gathered(found))}, {seconds['all_gather']}"),
-        ("  of it routed experts", _bytes(traffic.all_gather_experts)),
+        ("all-gather, received", f"{_bytes(traffic.all_gather_later)}, {seconds['all_gather']}"),
+        ("  in the first step, which is traced", _bytes(_gathered(found))),
+        ("    of it routed experts", _bytes(traffic.all_gather_experts)),
         ("gradients", f"{_bytes(traffic.gradients)}, {seconds['gradients']}"),
         ("time if nothing overlaps", f"{traffic.total_seconds:.4g} s"),
     ]

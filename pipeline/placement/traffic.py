@@ -7,7 +7,7 @@ Legend: T tokens of a rank's micro-batch, K top-k, D model width, E routed exper
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.placement.architecture import Architecture, TensorSpec
 from pipeline.placement.cluster import FP32, Placement, Workload
@@ -94,6 +94,7 @@ class Traffic:
     all_to_all_leaving: int  # of it, to other ranks, under even routing
     all_gather_experts: int  # received: routed experts and the LoRA experts on them
     all_gather_rest: int  # received: all else
+    all_gather_later: int  # received: both together from the second step on
     gradients: int  # handed to reduce-scatter (ZeRO-3) or all-reduce (ZeRO-2)
     gradients_leaving: int  # sent by a ring
     bandwidth: float  # bytes a second of one device
@@ -103,7 +104,7 @@ class Traffic:
         """Time of each kind at the stated bandwidth, latency left out."""
         return {
             "all_to_all": self.all_to_all_leaving / self.bandwidth,
-            "all_gather": (self.all_gather_experts + self.all_gather_rest) / self.bandwidth,
+            "all_gather": self.all_gather_later / self.bandwidth,
             "gradients": self.gradients_leaving / self.bandwidth,
         }
 
@@ -142,12 +143,16 @@ def traffic_of(architecture: Architecture, trainable: Trainable, placement: Plac
         forwards = 2 if workload.activation_checkpointing and layer in has_backward else 1
         backward = payload.backward if layer in has_backward else 0
         all_to_all += workload.micro_batches * (forwards * payload.forward + backward)
-    experts, rest = [], []
+    experts, rest, later = [], [], []
+    kept = keeps_for_backward(architecture, trainable, placement)
     for tensor in (*architecture.tensors, *trainable.tensors):
         times = _gathers(tensor, trainable, placement, workload, architecture.tied)
         size = FP32 if tensor.float32 else workload.element_bytes
         gathered = Gathered(size * placement.numel(tensor), placement.ranks_of(tensor), times)
         (experts if tensor.expert_owned else rest).append(gathered)
+        if kept and placement.zero_stage == 3 and not placement.persists(tensor):
+            gathered = replace(gathered, times=workload.micro_batches)
+        later.append(gathered)
     handed, sent = 0, 0
     for tensor in trainable.tensors:
         size = workload.micro_batches * workload.element_bytes * placement.numel(tensor)
@@ -158,10 +163,22 @@ def traffic_of(architecture: Architecture, trainable: Trainable, placement: Plac
         all_to_all_leaving=all_to_all * (placement.expert_parallel - 1) // placement.expert_parallel,
         all_gather_experts=sum_received(experts),
         all_gather_rest=sum_received(rest),
+        all_gather_later=sum_received(later),
         gradients=handed,
         gradients_leaving=sent,
         bandwidth=placement.bandwidth,
     )
+
+
+def keeps_for_backward(architecture: Architecture, trainable: Trainable, placement: Placement) -> bool:
+    """Whether ZeRO-3, once it has traced a step, keeps every gathered tensor from its forward to its backward.
+
+    It does so where the modules between the two uses hold fewer elements than `max_reuse_distance`, each counted as
+    often as it is listed: a tensor is listed with its layer, its attention and itself, before the backward begins with
+    the whole model.
+    """
+    elements = sum(placement.numel(tensor) for tensor in (*architecture.tensors, *trainable.tensors))
+    return 3 * elements < placement.max_reuse_distance
 
 
 def _gathers(tensor: TensorSpec, trainable: Trainable, placement: Placement, workload: Workload, tied: bool) -> int:

@@ -42,8 +42,10 @@ def evaluate(
     tasks: Mapping[str, PreparedTask],
     trained: Trained,
     router: TaskRouter | None = None,
+    unscored: Mapping[str, PreparedTask] | None = None,
 ) -> Evaluated:
-    """Measure the new task and every earlier one whose data the stream has. Collective; the same on every rank.
+    """Measure the new task and every earlier one in `tasks`; the router may also send rows to those in `unscored`.
+    Collective; the same on every rank.
 
     Earlier tasks are pinned, moved, or moved if better on validation, as the method's retention says; test data only
     ever measures.
@@ -85,7 +87,7 @@ def evaluate(
         if job.world.is_main:
             print(f"  {task}: validation {100 * validation_row[task]:.1f}, test {100 * row[task]:.1f}", flush=True)
     known = {task: score(task, bundle, "test").answers for task, bundle in serving.items()}
-    inferred = infer(job, router, tasks, {**increment.bundles, **serving}, known)
+    inferred = infer(job, router, {**(unscored or {}), **tasks}, {**increment.bundles, **serving}, known)
     changed = {task: bundle for task, bundle in serving.items() if increment.bundles.get(task) != bundle}
     return Evaluated(row, validation_row, changed, predictions, retention, baselines(job, tasks[new]), inferred, review)
 

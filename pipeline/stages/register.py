@@ -3,7 +3,7 @@
 import io
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.tokens import PreparedTask
-from pipeline.evaluation.plots import heat_map
 from pipeline.evaluation.review_cost import REVIEW
 from pipeline.files import canonical_json, sha256_file, write_atomic
 from pipeline.methods.protocol import Increment
@@ -21,8 +20,9 @@ from pipeline.stages.gate import Verdict
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
 from pipeline.tracking.chain import publish
+from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
-from pipeline.tracking.matrix_rows import matrix_of
+from pipeline.tracking.matrix_rows import SHOWN, matrix_of, newest_rows
 from pipeline.tracking.versions import code_digest, library_versions
 
 INFERRED = "predictions_inferred"  # folder of the predictions without task ids
@@ -32,12 +32,15 @@ INFERRED = "predictions_inferred"  # folder of the predictions without task ids
 class Context:
     """What the record needs beside the results."""
 
-    chain: list[Manifest]  # newest first
+    history: History
     backbone: dict[str, str]  # digest, model_type, dtype
     inputs_key: str
     run_id: str
     started: str  # ISO time
     user: str
+    startup: dict[str, Any] = field(
+        default_factory=dict
+    )  # `StartClock.record` where a launch began with this increment
 
 
 def register(
@@ -62,7 +65,7 @@ def register(
     manifest = Manifest(
         increment=increment.number,
         task=increment.task,
-        parent=context.chain[0].sha256 if context.chain else None,
+        parent=context.history.head_sha256,
         contract={
             "version": prepared.contract.version,
             "digest": prepared.contract.digest,
@@ -87,7 +90,8 @@ def register(
         versions=library_versions() | {"code": code_digest()},
     )
     write_atomic(staged / "run.json", canonical_json(run_record(job, trained, context)).encode())
-    publish(job.work_dir, staged, manifest)
+    with job.timed("publish"):
+        publish(job.work_dir, staged, manifest)
     return manifest
 
 
@@ -122,9 +126,13 @@ def stage_files(
     for place, tables in (("predictions", evaluated.predictions), (INFERRED, evaluated.inferred.predictions)):
         for task, table in tables.items():
             write_atomic(folder / place / f"{task}.parquet", parquet_bytes(table))
-    learned = [(m.task, m.row) for m in reversed(context.chain) if m.verdict == "promoted"]
-    tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)])
+    from pipeline.evaluation.plots import heat_map  # matplotlib: rank 0 alone draws, once an increment is learned
+
+    learned = newest_rows(context.history.learned, SHOWN)
+    tasks, rows, names = matrix_of([*learned, (increment.task, evaluated.row)][-SHOWN:])
     title = f"{job.config.stream}: {job.config.method['name']} after increment {increment.number}"
+    if (total := len({*increment.order, increment.task})) > len(tasks):
+        title += f", the newest {len(tasks)} of {total} tasks"
     heat_map(tasks, rows, folder / "report.png", title if verdict.promoted else f"{title} (rejected)", names)
 
 
@@ -151,8 +159,10 @@ def run_record(job: Job, trained: Trained, context: Context) -> dict[str, Any]:
         "device": str(job.world.device),
         "config": job.config.model_dump(mode="json"),
         "continuations": trained.continuations,
+        "seconds": {part: round(seconds, 3) for part, seconds in job.seconds.items()},  # as far as they are over
         "inputs_key": context.inputs_key,
         "mlflow_run_id": context.run_id,
+        "startup": context.startup,
     }
 
 

@@ -10,7 +10,7 @@ from data_contracts.contract import refuse_silent_change
 from pipeline.config import StreamConfig
 from pipeline.data.ingest import CleanTask, ingest, source_digests
 from pipeline.data.tokens import shard_digest, tokenizer_digest
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.history import History
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ValidatedTask:
 
 
 def validate(
-    contract_path: str, config: StreamConfig, tokenizer: PreTrainedTokenizerFast, chain: list[Manifest]
+    contract_path: str, config: StreamConfig, tokenizer: PreTrainedTokenizerFast, history: History
 ) -> ValidatedTask:
     """Check one contract and its data.
 
@@ -33,16 +33,14 @@ def validate(
     and counts are written by then), or labels or prompt that changed under a version learned before.
     """
     contract = load_contract(contract_path)
-    for manifest in chain:  # newest first
-        if manifest.task == contract.task:
-            learned = manifest.contract
-            refuse_silent_change(
-                contract,
-                version=learned.version,
-                labels=learned.labels,
-                prompt=learned.prompt,
-                learned_as=f"increment {manifest.increment}",
-            )
+    for entry in history.of_task(contract.task):
+        refuse_silent_change(
+            contract,
+            version=entry.contract.version,
+            labels=entry.contract.labels,
+            prompt=entry.contract.prompt,
+            learned_as=f"increment {entry.increment}",
+        )
     roots = list(config.data_roots)
     digest = shard_digest(contract.digest, source_digests(contract, roots), tokenizer_digest(tokenizer))
     work_dir = config.work_path()

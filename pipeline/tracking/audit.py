@@ -100,17 +100,19 @@ def _stray_findings(work_dir: Path, links: list[Link]) -> Iterator[Finding]:
 
 def _chain_findings(links: list[Link], champion: chain.Champion | None) -> Iterator[Finding]:
     """Each manifest against the digest that the next one, or champion.json, names it by."""
-    numbers = [link.number for link in links]
-    for number in range(1, max(numbers, default=0) + 1):
-        if numbers.count(number) != 1:
-            names = ", ".join(link.folder.name for link in links if link.number == number) or "no folder"
+    numbered: dict[int, list[Link]] = {}
+    for link in links:
+        numbered.setdefault(link.number, []).append(link)
+    for number in range(1, max(numbered, default=0) + 1):
+        if len(numbered.get(number, [])) != 1:
+            names = ", ".join(link.folder.name for link in numbered.get(number, [])) or "no folder"
             yield Finding(f"increment {number}", False, f"one folder is expected, there is {names}")
     for link in links:
         if link.problem:
             yield Finding(f"{link.name}/{MANIFEST}", False, link.problem)
     head = next((link for link in links if champion and link.sha256 == champion.head), None)
     for link in links:
-        children = [other for other in links if other.number == link.number + 1 and other.manifest]
+        children = [other for other in numbered.get(link.number + 1, []) if other.manifest]
         named = [(child.manifest.parent, child.name) for child in children]
         if champion and link is (head or links[-1]):
             named.append((champion.head, chain.CHAMPION))

@@ -51,12 +51,10 @@ def _compare(registry: Registry, manifests: Iterable[Manifest]) -> Iterator[Find
 
 def _match(manifests: list[Manifest], versions: list["ModelVersion"]) -> dict[str, "ModelVersion"]:
     """Version by manifest sha256: first by that tag, then, as it may be the one changed, by most of the other tags."""
-    matched = {}
-    for manifest in manifests:
-        of_it = [version for version in versions if version.tags.get(MANIFEST_TAG) == manifest.sha256]
-        if of_it:
-            matched[manifest.sha256] = of_it[0]
-    free = [version for version in versions if version not in matched.values()]
+    tagged = {version.tags.get(MANIFEST_TAG): version for version in reversed(versions)}  # the oldest of several
+    matched = {manifest.sha256: tagged[manifest.sha256] for manifest in manifests if manifest.sha256 in tagged}
+    taken = {version.version for version in matched.values()}
+    free = [version for version in versions if version.version not in taken]
     for manifest in manifests:
         if manifest.sha256 in matched:
             continue

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -51,8 +50,8 @@ class Champion(Record):
     state: dict[TaskName, dict[RoleName, Sha256]]
 
     def to_bytes(self) -> bytes:
-        """The file's content: canonical JSON in UTF-8."""
-        return canonical_json(self.model_dump(mode="json")).encode("utf-8")
+        """The file's content: canonical JSON in UTF-8. Its length grows with the tasks there are."""
+        return canonical_json(dict(self)).encode("utf-8")
 
 
 def read_champion(work_dir: Path | str) -> Champion | None:
@@ -64,6 +63,8 @@ def read_champion(work_dir: Path | str) -> Champion | None:
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+    if data in _known:
+        return _known[data]
     try:
         champion = Champion.model_validate_json(data)
     except ValidationError as error:
@@ -71,6 +72,17 @@ def read_champion(work_dir: Path | str) -> Champion | None:
     if champion.to_bytes() != data:
         raise UserError(f"{path}: not in the form it was written in; restore it from a backup")
     return champion
+
+
+_known: dict[bytes, Champion] = {}  # the file's bytes as this process last wrote them, and what they say
+
+
+def _write_champion(work_dir: Path, champion: Champion) -> None:
+    """Replace champion.json. A process that publishes on need not parse again what it wrote itself."""
+    data = champion.to_bytes()
+    write_atomic(work_dir / CHAMPION, data)
+    _known.clear()
+    _known[data] = champion
 
 
 def load_chain(work_dir: Path | str) -> list[Manifest]:
@@ -96,29 +108,40 @@ def load_chain(work_dir: Path | str) -> list[Manifest]:
     return manifests
 
 
-def head_manifest(work_dir: Path | str, champion: Champion) -> Manifest:
-    """The chain's newest manifest, verified, without a walk of the chain. Raises UserError when missing or altered."""
-    return _find(work_dir, list(increment_folders(work_dir)), champion.head, f"{CHAMPION} names as the head")
-
-
 def fold(manifests: Iterable[Manifest]) -> Champion | None:
     """The champion that a chain of manifests, in any order, leads to; None for no manifest."""
-    return reduce(advance, sorted(manifests, key=lambda manifest: manifest.increment), None)
+    ordered = sorted(manifests, key=lambda manifest: manifest.increment)
+    if not ordered:
+        return None
+    bundles: dict[str, dict[str, str]] = {}
+    state: dict[str, dict[str, str]] = {}
+    promoted = 0
+    for manifest in ordered:
+        if take_over(bundles, state, manifest):
+            promoted = manifest.increment
+    return Champion(head=ordered[-1].sha256, increment=promoted, bundles=bundles, state=state)
 
 
 def advance(champion: Champion | None, manifest: Manifest) -> Champion:
     """The champion after one more increment: the head moves always; bundles and state only with a promotion."""
     before = champion or Champion(head=manifest.sha256, increment=0, bundles={}, state={})
+    bundles, state = dict(before.bundles), dict(before.state)
+    promoted = manifest.increment if take_over(bundles, state, manifest) else before.increment
+    # every part comes from a validated record: validating the whole table again would cost more with every task
+    changes = {"head": manifest.sha256, "increment": promoted, "bundles": bundles, "state": state}
+    return before.model_copy(update=changes)
+
+
+def take_over(bundles: dict[str, dict[str, str]], state: dict[str, dict[str, str]], manifest: Manifest) -> bool:
+    """Bring the tables of bundles and method state, by task, up to date in place; False for a rejected increment."""
     if manifest.verdict == "rejected":
-        return before.model_copy(update={"head": manifest.sha256})
-    state = {task: state for task, state in before.state.items() if task != manifest.task}
+        return False
+    bundles.update(manifest.bundles)
+    state.pop(manifest.task, None)
     replace_router(state, manifest)
-    return Champion(
-        head=manifest.sha256,
-        increment=manifest.increment,
-        bundles=before.bundles | manifest.bundles,
-        state=state | ({manifest.task: manifest.state} if manifest.state else {}),
-    )
+    if manifest.state:
+        state[manifest.task] = manifest.state
+    return True
 
 
 def replace_router(state: dict[str, dict[str, str]], manifest: Manifest) -> None:
@@ -160,7 +183,9 @@ def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) ->
     champion = read_champion(work_dir)
     if champion is not None and champion.head == manifest.sha256:
         return champion
-    _check_follows(work_dir, champion, manifest)
+    folders = list(increment_folders(work_dir))
+    head = 0 if champion is None else _head(work_dir, folders, champion).increment
+    _check_follows(work_dir, champion, head, manifest)
     bank = Bank(work_dir / "bank")
     named = [*manifest.bundles.values(), manifest.bank, manifest.state]
     for sha in sorted({sha for digests in named for sha in digests.values()}):
@@ -174,14 +199,15 @@ def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) ->
         )
     _make_durable(staged_dir)
 
-    clean_left_overs(work_dir)
+    for folder in _left_over_folders(work_dir, champion, head, folders):
+        shutil.rmtree(folder)
     increments = work_dir / INCREMENTS
     increments.mkdir(exist_ok=True)
     fsync_dir(work_dir)
     os.rename(staged_dir, increments / manifest.folder)
     fsync_dir(increments)
     after = advance(champion, manifest)
-    write_atomic(work_dir / CHAMPION, after.to_bytes())
+    _write_champion(work_dir, after)
     return after
 
 
@@ -216,15 +242,9 @@ def clean_left_overs(work_dir: Path | str) -> list[str]:
     """
     work_dir = Path(work_dir)
     champion = read_champion(work_dir)
-    head = 0 if champion is None else head_manifest(work_dir, champion).increment
-    beyond = [(number, folder) for number, folder in increment_folders(work_dir) if number > head]
-    if len(beyond) > 1 or any(number != head + 1 for number, _ in beyond):
-        raise UserError(
-            f"{work_dir / CHAMPION}: {'missing' if champion is None else f'its head is increment {head}'}, but "
-            f"{INCREMENTS}/ holds {', '.join(folder.name for _, folder in beyond)}; restore {CHAMPION} from a backup, "
-            "or move these folders away"
-        )
-    left_over = [folder for _, folder in beyond]
+    folders = list(increment_folders(work_dir))
+    head = 0 if champion is None else _head(work_dir, folders, champion).increment
+    left_over = _left_over_folders(work_dir, champion, head, folders)
     for folder in left_over:
         shutil.rmtree(folder)
     half_written = [path for folder in (work_dir, work_dir / "bank") for path in folder.glob(".*.tmp")]
@@ -233,16 +253,37 @@ def clean_left_overs(work_dir: Path | str) -> list[str]:
     return sorted(path.relative_to(work_dir).as_posix() for path in left_over + half_written)
 
 
+def _left_over_folders(
+    work_dir: Path, champion: Champion | None, head: int, folders: list[tuple[int, Path]]
+) -> list[Path]:
+    """The increment folder beyond the head, if there is one. Raises UserError where it is no killed publish's."""
+    beyond = [(number, folder) for number, folder in folders if number > head]
+    if len(beyond) > 1 or any(number != head + 1 for number, _ in beyond):
+        raise UserError(
+            f"{work_dir / CHAMPION}: {'missing' if champion is None else f'its head is increment {head}'}, but "
+            f"{INCREMENTS}/ holds {', '.join(folder.name for _, folder in beyond)}; restore {CHAMPION} from a backup, "
+            "or move these folders away"
+        )
+    return [folder for _, folder in beyond]
+
+
 def increment_folders(work_dir: Path | str) -> Iterator[tuple[int, Path]]:
     """Number and path of every folder in increments/ that is named like an increment, in order."""
     root = Path(work_dir) / INCREMENTS
-    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-    matches = [match for name in names if (match := _FOLDER.fullmatch(name)) and (root / name).is_dir()]
-    yield from sorted((int(match[1]), root / match[0]) for match in matches)
+    if not root.is_dir():
+        return
+    with os.scandir(root) as entries:  # one call for the whole folder, no look-up of each name
+        matches = [match for entry in entries if (match := _FOLDER.fullmatch(entry.name)) and entry.is_dir()]
+    for number, name in sorted((int(match[1]), match[0]) for match in matches):
+        yield number, root / name
 
 
-def _check_follows(work_dir: Path, champion: Champion | None, manifest: Manifest) -> None:
-    number = 0 if champion is None else head_manifest(work_dir, champion).increment
+def _head(work_dir: Path, folders: list[tuple[int, Path]], champion: Champion) -> Manifest:
+    """The chain's newest manifest, verified, without a walk of the chain. Raises UserError when missing or altered."""
+    return _find(work_dir, folders, champion.head, f"{CHAMPION} names as the head")
+
+
+def _check_follows(work_dir: Path, champion: Champion | None, number: int, manifest: Manifest) -> None:
     parent = None if champion is None else champion.head
     if (manifest.increment, manifest.parent) != (number + 1, parent):
         raise UserError(

@@ -1,6 +1,11 @@
 """The accuracy matrix R as the chain tells it."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
+
+from pipeline.tracking.history import Entry
+
+SHOWN = 20  # tasks of a picture or a printed table; of longer streams the newest stand for all
 
 
 def matrix_of(
@@ -18,3 +23,8 @@ def matrix_of(
     tasks = list(newest)
     rows = [[row.get(name) for name in tasks] for _, row in newest.values()]
     return tasks, rows, [f"after {task}" for task in tasks]
+
+
+def newest_rows(learned: Mapping[str, Entry], count: int) -> list[tuple[str, Mapping[str, float]]]:
+    """(task, row of R) of the `count` tasks learned last, oldest first; reads no others."""
+    return [(task, entry.row) for task, entry in islice(reversed(learned.items()), count)][::-1]

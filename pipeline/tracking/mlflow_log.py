@@ -154,9 +154,8 @@ class Tracker:
         missing = {name: score for name, score in row_metrics(manifest).items() if name not in logged}
         self._metrics(run_id, manifest.increment, missing)
         version = self._version(manifest, run)
-        aliases = self.registry.aliases()
         for alias in [CANDIDATE] + [CHAMPION] * (manifest.verdict == "promoted"):
-            if aliases.get(alias, 0) < int(version.version):
+            if self.registry.alias(alias) < int(version.version):
                 self.client.set_registered_model_alias(self.registered_model, alias, version.version)
         return self.client.get_model_version(self.registered_model, version.version)
 

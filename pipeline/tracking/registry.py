@@ -37,22 +37,36 @@ class Registry:
         return sorted(found, key=lambda version: int(version.version))
 
     def find_version(self, manifest_sha256: str) -> "ModelVersion | None":
-        """The version of a manifest; the oldest, should there be several."""
-        return next((v for v in self.versions() if v.tags.get(MANIFEST_TAG) == manifest_sha256), None)
+        """The version of a manifest; the oldest, should there be several. MLflow searches: the others are not read."""
+        query = f"{equals('name', self.registered_model)} and {equals(f'tags.`{MANIFEST_TAG}`', manifest_sha256)}"
+        found = _all_pages(lambda token: self.client.search_model_versions(query, page_token=token))
+        return min(found, key=lambda version: int(version.version), default=None)
 
     def is_registered(self, manifest: Manifest) -> bool:
         """Whether a manifest has its version and the aliases are at it or beyond: False after a kill in between."""
         version = self.find_version(manifest.sha256)
         if version is None:
             return False
-        aliases = self.aliases()
         due = (CANDIDATE, CHAMPION) if manifest.verdict == "promoted" else (CANDIDATE,)
-        return all(aliases.get(alias, 0) >= int(version.version) for alias in due)
+        return all(self.alias(alias) >= int(version.version) for alias in due)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias."""
         aliases = self.client.get_registered_model(self.registered_model).aliases
         return {alias: int(version) for alias, version in aliases.items()}
+
+    def alias(self, name: str) -> int:
+        """The version number that an alias names, 0 for none. Unlike `aliases`, it does not make MLflow read every
+        version.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return int(self.client.get_model_version_by_alias(self.registered_model, name).version)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return 0
 
 
 def version_tags(manifest: Manifest) -> dict[str, str]:

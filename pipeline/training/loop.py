@@ -4,16 +4,17 @@ request.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.config import StreamConfig, TrainingConfig
-from pipeline.data.batching import global_batch, micro_batches, num_steps, row_order
-from pipeline.data.collate import MicroBatch, collate
+from pipeline.data.batching import global_batch, num_steps, row_order
+from pipeline.data.collate import MicroBatch
 from pipeline.data.tokens import RowView
 from pipeline.files import sha256_text
 from pipeline.methods.protocol import Method
@@ -21,6 +22,7 @@ from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
 from pipeline.training.checks import check_gradients
 from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
+from pipeline.training.prefetch import one_ahead, passes_of, read_batches
 from pipeline.training.progress import Progress
 from pipeline.training.schedule import rate, routed_ratio
 from pipeline.training.stop import StopFlag, StoppedOnRequest
@@ -87,13 +89,18 @@ def train_rows(
             for _ in tensors:  # takes part in the gathering
                 pass
 
+    ready = one_ahead(
+        batch
+        for number in range(step, total)
+        for batch in read_batches(world, settings, rows, global_batch(order, number, settings.batch_size), number)
+    )
     while step < total:
         begin = time.monotonic()
         chosen = global_batch(order, step, settings.batch_size)
         factor = rate(step, total, settings.warmup_fraction)
         for group in learner.engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
-        sums = run_global_batch(learner, method, config, rows, chosen, step, seed)
+        sums = run_global_batch(learner, method, config, rows, chosen, step, seed, ready)
         learner.engine.step()
         step += 1
         nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
@@ -126,36 +133,33 @@ class BatchSums:
 
 
 def run_global_batch(
-    learner: Learner, method: Method, config: StreamConfig, rows: RowView, chosen, step: int, seed: int
+    learner: Learner,
+    method: Method,
+    config: StreamConfig,
+    rows: RowView,
+    chosen,
+    step: int,
+    seed: int,
+    ready: Iterator[MicroBatch] | None = None,
 ) -> BatchSums:
     """Forward and backward over one global batch; the caller steps the engine.
+
+    `ready` gives the batch's `read_batches` and is asked for no more than these; without it they are read here.
 
     The loss of every micro-batch is divided by the global batch's answer tokens and multiplied by the world size, which
     DeepSpeed's gradient average divides by again: world size and accumulation change nothing.
     """
     world, settings = learner.world, config.training
-    passes = micro_batches(
-        rows.lengths[chosen].tolist(), world.rank, world.size, settings.micro_batch_size, settings.micro_batch_tokens
-    )
+    num_passes = len(passes_of(world, settings, rows, chosen))
+    ready = ready or read_batches(world, settings, rows, chosen, step)
     answer_tokens = int(rows.answer_lengths[chosen].sum())
     # dropout masks come from (seed, step, rank): a continued run draws what an unbroken one draws
     torch.manual_seed(int(sha256_text(f"dropout/{seed}/{step}/{world.rank}")[:15], 16))
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
-    for index, part in enumerate(passes):
-        prompts, answers = rows.tokens(chosen[list(part.places)])
-        batch = collate(
-            prompts,
-            answers,
-            rows.end_of_answer,
-            places=part.places,
-            weight=part.weight,
-            step=step,
-            global_rows=len(chosen),
-            world_size=world.size,
-            device=world.device,
-        )
-        learner.engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
+    for index, read in enumerate(islice(ready, num_passes)):
+        batch = read.to(world.device)
+        learner.engine.set_gradient_accumulation_boundary(index == num_passes - 1)
         nll, added = forward(learner, method, batch)
         learner.engine.backward(nll * (world.size / answer_tokens))
         nll_sum += nll.item()

@@ -16,7 +16,6 @@ from pipeline.data.tokens import PreparedTask, open_shards
 from pipeline.evaluation.scoring import score_rows
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, sha256_file, write_atomic
-from pipeline.increments import learned_order
 from pipeline.methods.protocol import Increment
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner, build_learner, check_before_loading
@@ -25,6 +24,7 @@ from pipeline.stages.job import Job
 from pipeline.stages.prepare import prepare
 from pipeline.stages.train import train
 from pipeline.stages.validate import validate
+from pipeline.tracking.history import History
 from pipeline.training.checks import optimizer_parameters
 from pipeline.training.stop import StopFlag, StoppedOnRequest
 
@@ -52,7 +52,7 @@ class Recorder:
 
     def run_global_batch(self, learner: Learner, *arguments: Any):
         """The product's, with the values before it and the gradients after it where it is the increment's first."""
-        step = arguments[-2]
+        step = arguments[4]
         self.passes.append(0)
         if step == 0:
             self.keep("start", gather_values(learner.parameters))
@@ -141,7 +141,7 @@ def increment_from(number: int, seed: int, records: Records) -> Increment:
         seed=seed,
         bundles={TASKS[n]: records[str(n)]["bundle"] for n in earlier},
         states={TASKS[n]: records[str(n)]["state"] for n in earlier},
-        order=learned_order([TASKS[n] for n in earlier]),
+        order=tuple(TASKS[n] for n in earlier),
     )
 
 
@@ -156,7 +156,7 @@ def open_tasks(config: StreamConfig, tokenizer, world: World) -> dict[str, Prepa
     """The stream's tasks, validated and prepared by rank 0, by name."""
 
     def work() -> list[tuple]:
-        done = [validate(path, config, tokenizer, []) for path in config.tasks]
+        done = [validate(path, config, tokenizer, History()) for path in config.tasks]
         for validated in done:
             prepare(validated, tokenizer)
         return [(validated.contract, validated.shards) for validated in done]

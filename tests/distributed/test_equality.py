@@ -18,6 +18,7 @@ from pipeline.data.batching import global_batch, row_order
 from pipeline.data.tokens import open_shards
 from pipeline.experts.bank import Bank
 from pipeline.stages.validate import validate
+from pipeline.tracking.history import History
 from tests.distributed.learning import TASKS, increment_from
 from tests.distributed.oracle import Oracle, Run, Setting
 from tests.distributed.worlds import (
@@ -57,7 +58,7 @@ class Naive:
         tokenizer = load_tokenizer(self.config.backbone)
         self.rows = {}
         for path in self.config.tasks:
-            validated = validate(path, self.config, tokenizer, [])
+            validated = validate(path, self.config, tokenizer, History())
             task = open_shards(validated.contract, validated.shards)
             self.rows[task.task] = task.rows("train", None, self.config.seed)
         self.end = tokenizer.eos_token_id
@@ -198,6 +199,15 @@ def test_worlds_agree_with_each_other(worlds, number):
         assert difference < GRADIENT, f"{pair}: {whose}"
         difference, whose = worst(changes[one], changes[other])
         assert difference < CHANGE and difference < 1 / FACTOR, f"{pair}: {whose}"
+
+
+def test_layers_computed_again_in_backward_learn_the_same_to_the_bit(worlds):
+    kept, again = (worlds.case("pair_b", name) for name in ("zero3-sharded", "zero3-recomputed"))
+    for kind in ("start", "gradient", "final"):
+        expected, found = kept.tensors(GOES_ON, kind), again.tensors(GOES_ON, kind)
+        assert expected.keys() == found.keys() and expected
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again.increment(GOES_ON)["steps"] == kept.increment(GOES_ON)["steps"]
 
 
 def test_every_expert_and_gate_moves(naive):

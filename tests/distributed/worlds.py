@@ -128,6 +128,7 @@ class Worlds:
             "warmup_fraction": 0.0,
             "gradient_clipping": CLIPPING,
             "weight_decay": WEIGHT_DECAY,
+            "activation_checkpointing": changes.pop("recompute", False),
         }
         dtype = changes.pop("dtype", "float32")
         deepspeed = changes.pop("deepspeed", deepspeed)
@@ -163,6 +164,7 @@ class Worlds:
     def _pair_b(self) -> Iterator[dict[str, Any]]:
         yield self._learn("zero2", self.stream("zero2", 2), serve=True)
         yield self._learn("zero3-sharded", self.stream("sharded", 3, 0))
+        yield self._learn("zero3-recomputed", self.stream("again", 3, 0, recompute=True), increments=[GOES_ON])
         for name, settings in self.rough():
             stream = self.stream(f"stopped-{name}", **settings)
             yield self._learn(f"{name}-continued", stream, increments=[PROTOTYPE])

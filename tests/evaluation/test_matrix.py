@@ -2,7 +2,19 @@
 
 import pytest
 
-from pipeline.evaluation.matrix import acc, bwt, forgetting, fwt, op, render_table, transfer
+from pipeline.evaluation.matrix import (
+    acc,
+    bwt,
+    forgetting,
+    fwt,
+    op,
+    render_table,
+    sampled_acc,
+    sampled_bwt,
+    sampled_columns,
+    sampled_forgetting,
+    transfer,
+)
 
 # Three tasks; the cells right of the diagonal are evaluated too, as in a benchmark.
 R = [
@@ -55,6 +67,34 @@ def test_a_score_that_was_not_evaluated_is_named_and_never_averaged_over():
         fwt(LOWER, [0.3, 0.3, 0.3])
     with pytest.raises(ValueError, match="no score on task 1 after increment 2"):
         acc([[0.8, None], [None, 0.9]])
+
+
+# Four tasks of which an increment scores two earlier ones at most. The last one scored a, b and d; a was better once.
+SAMPLED = {
+    "a": {"a": 0.8},
+    "b": {"a": 0.9, "b": 0.6},
+    "c": {"b": 0.7, "c": 0.5, "d": 0.1},  # right of the diagonal: d was learned before under another contract
+    "d": {"a": 0.7, "b": 0.7, "d": 0.4},
+}
+
+
+def test_sampled_figures_are_over_the_tasks_scored_last():
+    columns = sampled_columns(SAMPLED)
+    assert columns == {"a": [0.8, 0.9, 0.7], "b": [0.6, 0.7, 0.7], "d": [0.4]}
+    assert sampled_acc(columns) == pytest.approx((0.7 + 0.7 + 0.4) / 3)
+    assert sampled_bwt(columns) == pytest.approx(((0.7 - 0.8) + (0.7 - 0.6)) / 2)
+    assert sampled_forgetting(columns) == pytest.approx([0.2, 0.0, 0.0])
+    assert sampled_bwt(sampled_columns({"a": {"a": 0.8}})) is None
+    assert sampled_bwt(sampled_columns({"a": {"a": 0.8}, "b": {"b": 0.3}})) is None
+
+
+def test_sampled_figures_of_a_whole_matrix_are_the_plain_ones():
+    names = ["a", "b", "c"]
+    rows = {name: dict(zip(names, R[t], strict=True)) for t, name in enumerate(names)}
+    columns = sampled_columns(rows)
+    assert sampled_acc(columns) == pytest.approx(acc(R))
+    assert sampled_bwt(columns) == pytest.approx(bwt(R, 3))
+    assert sampled_forgetting(columns) == pytest.approx(forgetting(R))
 
 
 def test_table_shows_every_score_in_points_with_row_means_and_baselines_below():

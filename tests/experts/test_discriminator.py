@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.experts.attach import ExpertPlan
-from pipeline.experts.discriminator import AdversaryStep, AttachLoss, GradientReversal, Negatives, pooled_mean
+from pipeline.experts.discriminator import AdversaryStep, AttachLoss, GradientReversal, Negatives
 from pipeline.experts.lora import LoraOptions
 from pipeline.placement.learner import Learner
 from tests.helpers import gradients, largest_difference, light_learner, ragged, randomise, recorded_inputs, tiny_llama
@@ -225,12 +225,6 @@ def test_reversal_is_the_identity_whose_gradient_is_negated():
     assert torch.equal(out, value)
     (out * torch.tensor([3.0, 4.0])).sum().backward()
     assert value.grad.tolist() == [-3.0, -4.0]
-
-
-def test_pooled_mean_leaves_padding_and_other_sequences_out():
-    states = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [9e9, 9e9]], [[5.0, 6.0], [7.0, 8.0], [0.0, 1.0]]])
-    pool = torch.tensor([[0.5, 0.5, 0, 0, 0, 0], [0, 0, 0, 1.0, 0, 0], [0, 0, 0, 0, 0.5, 0.5]])
-    assert pooled_mean(states, pool).tolist() == [[2.0, 20.0], [5.0, 6.0], [3.5, 4.5]]
 
 
 def test_in_bfloat16_the_cross_entropy_is_computed_in_fp32():

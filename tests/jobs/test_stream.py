@@ -63,6 +63,20 @@ def test_the_start_prints_the_derived_numbers(learned):
     assert f"task first 1.0.0: 48 training rows, {STEPS} steps" in said
 
 
+def test_every_launch_says_what_its_first_step_waited_for_and_run_json_keeps_it(learned):
+    records = [
+        json.loads(path.read_text())["startup"] for path in sorted(learned.work_dir.glob("increments/*/run.json"))
+    ]
+    assert records[2] == {}  # the second launch made its first step in increment 2
+    for record, launch in zip(records, (learned.first, learned.second), strict=False):
+        phases = dict(record["phases"])
+        assert list(phases)[-2:] == ["opening", "first step"]
+        assert {"process group", "prepare", "backbone", "engine", "tracking"} <= set(phases)
+        assert all(seconds >= 0 for seconds in phases.values())
+        said = re.findall(r"^first step done ([\d.]+) s after the process began: imports", launch.stdout, re.MULTILINE)
+        assert [float(seconds) for seconds in said] == [pytest.approx(sum(phases.values()), abs=0.051)]
+
+
 def test_the_table_shows_every_row_of_r_and_the_baselines(learned):
     said = learned.second.stdout.partition("test scores after each increment")[2]
     lines = {line[:12].strip(): line[12:].split() for line in said.splitlines()}

@@ -11,6 +11,7 @@ from pipeline.data.batching import global_batch, row_order
 from pipeline.data.tokens import open_shards
 from pipeline.experts.bank import Bank
 from pipeline.stages.validate import validate
+from pipeline.tracking.history import History
 from tests.distributed.learning import TASKS, increment_from
 from tests.distributed.oracle import Run, Setting
 from tests.distributed.worlds import Case
@@ -80,7 +81,7 @@ class Naive:
             return skewed_tasks()
         config = self.config(backbone)
         tokenizer = load_tokenizer(config.backbone)
-        found = [validate(path, config, tokenizer, []) for path in config.tasks]
+        found = [validate(path, config, tokenizer, History()) for path in config.tasks]
         opened = [open_shards(task.contract, task.shards) for task in found]
         return {task.task: task for task in opened}
 

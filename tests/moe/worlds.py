@@ -133,7 +133,9 @@ class MoeWorlds:
         path.write_text(json.dumps(plan), encoding="utf-8")
         start_ranks(RANKS[launch.removesuffix("_long")], path, self.folder / f"{launch}.log", WORKER, LIMIT)
 
-    def stream(self, work: str, stage: int, ep: int, backbone: str = "hunyuan", micro: int = 2) -> dict[str, Any]:
+    def stream(
+        self, work: str, stage: int, ep: int, backbone: str = "hunyuan", micro: int = 2, recompute: bool = False
+    ) -> dict[str, Any]:
         """A stream whose files are under `work`; `micro` rows a pass, one where the routing is skewed."""
         file = self.folder / f"zero{stage}-ep{ep}.json"
         raw = json.loads((ROOT / "deepspeed_configs" / f"zero{stage}.json").read_text())
@@ -151,6 +153,7 @@ class MoeWorlds:
                 "warmup_fraction": 0.0,
                 "gradient_clipping": CLIPPING[backbone],
                 "weight_decay": WEIGHT_DECAY,
+                "activation_checkpointing": recompute,
             },
             "deepspeed": str(file),
             "seed": SEED,
@@ -170,7 +173,9 @@ class MoeWorlds:
             "kind": "learn",
             "name": name,
             # at least two passes a rank and step: accumulation
-            "stream": self.stream(changes.pop("work", f"{launch}-{name}"), stage, ep, backbone, micro),
+            "stream": self.stream(
+                changes.pop("work", f"{launch}-{name}"), stage, ep, backbone, micro, changes.pop("recompute", False)
+            ),
             "bank": str(self.bank),
             "increments": [PROTOTYPE, GOES_ON] if backbone == "hunyuan" else [FRESH, PROTOTYPE],
             "records": self.records("pair", f"{prefix}ep2-zero3"),
@@ -183,7 +188,8 @@ class MoeWorlds:
         yield self._learn("pair", "ep2-zero3", 3, 2, increments=whole, records=None, serve=True)
         yield self._learn("pair", "ep2-zero2", 2, 2)
         yield self._learn("pair", "hy-ep2-zero3", 3, 2, records=None)
-        yield self._learn("pair", "skew-ep2-zero3", 3, 2, records=None)
+        # layers are computed again in backward, all-to-all and all
+        yield self._learn("pair", "skew-ep2-zero3", 3, 2, records=None, recompute=True)
         yield self._learn("pair", "ep2-stopped", 3, 2, work="stopped", increments=[PROTOTYPE], stop_after=STOP_AFTER)
 
     def _single(self) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import pipeline.training.loop as loop
+from pipeline.benchmarks.speed.collectives import Collectives
 from pipeline.config import StreamConfig, build_method
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.methods.protocol import Increment
@@ -47,7 +48,7 @@ def own(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     learner.set_active(method.plan.roles)
     live = LiveBytes(learner)
     steps: list[dict[str, Any]] = []
-    with Gathers(learner) as gathers:
+    with Gathers(learner) as gathers, Collectives() as collectives:
         gathers.watch(learner.model.parameters())
         loop.train_rows(
             learner,
@@ -60,7 +61,7 @@ def own(world: World, case: dict[str, Any], folder: Path) -> dict[str, Any]:
             key=folder.name,
             title=folder.name,
             stop=StopFlag(),
-            on_step=lambda log: steps.append({"terms": log.terms, **gathers.taken()}),
+            on_step=lambda log: steps.append({"terms": log.terms, **gathers.taken(), **collectives.taken()}),
         )
     note = {
         "steps": steps,

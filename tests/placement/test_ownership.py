@@ -233,6 +233,21 @@ def test_the_plan_has_the_measured_numbers(launched, notes, ep, stage):
             assert only(seen["fetched"] for seen in note["live"]) == memory.largest_layer
 
 
+@every_size
+def test_bytes_gathered_and_reduced_in_a_later_step_are_the_plans(launched, notes, ep, stage):
+    """Of three of four ranks' shares what is gathered, with the padding; the whole is handed to the reduction.
+
+    ZeRO-2 fills its one buffer of weights that all ranks share up to a multiple of the ranks.
+    """
+    traffic = planned(launched, ep, stage).traffic
+    shared = traffic.all_gather_rest * WORLD // ((WORLD - 1) * BYTES)  # elements
+    for note in notes:
+        later = note["steps"][1]
+        padding = PADDING if stage == 3 else -shared % WORLD
+        assert later["gather_bytes"] == traffic.all_gather_later + BYTES * padding * (WORLD - 1) // WORLD
+        assert later["reduce_bytes"] == traffic.gradients + (BYTES * LAYERS if stage == 3 else 0)
+
+
 def test_table(launched):
     """Printed with `pytest -s`: bytes on one rank of a world of 4, the same on each."""
     heads = ["EP", "ZeRO", "resident", "of all", "live", "gathered 1", "gathered 2", "received 1", "received 2"]

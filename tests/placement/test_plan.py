@@ -198,10 +198,17 @@ def test_traffic_of_the_small_backbone_is_the_sum_by_hand():
     # from 3 of 4 ranks: embedding forward alone, head forward and backward; the small ones after the step:
     # 8 bytes, in a layer 32 + 16 + 16 + 32 + 8 + 8 + 32
     assert traffic.all_gather_rest == 2 * 60 + 4 * 60 + 6 + 2 * 108
+    # kept from forward to backward: once a micro-batch
+    assert traffic.all_gather_later == 2 * (2 * 48 + 2 * 24 + 8 + 6) + 2 * 60 + 2 * 60 + 6 + 2 * 108
     assert (traffic.gradients, traffic.gradients_leaving) == (2 * 2 * 28, 2 * 28)
     zero2 = small_plan(2, zero_stage=2).traffic
     # the updated LoRA weights; gradients in an all-reduce, two ways round
     assert (zero2.all_gather_experts, zero2.all_gather_rest) == (2 * (8 + 6), 0)
+    assert zero2.all_gather_later == 2 * (8 + 6)
+    # 84 elements, and in a layer 48 + 8 + 16 + 48 + 24 and the LoRA's 8 + 6 on the rank: three times as many are 1,200
+    for distance, kept in ((1201, True), (1200, False)):
+        found = small_plan(2, max_reuse_distance=distance).traffic
+        assert (found.all_gather_later < found.all_gather_experts + found.all_gather_rest) == kept
     assert (zero2.gradients, zero2.gradients_leaving) == (2 * 28, 2 * 28)
 
 
@@ -237,7 +244,7 @@ def test_the_game_is_counted_where_routed_experts_carry_lora_and_only_while_it_i
 def test_times_are_bytes_over_bandwidth():
     traffic = small_plan(2, bandwidth=100.0).traffic
     assert traffic.seconds["all_to_all"] == pytest.approx(traffic.all_to_all_leaving / 100)
-    received = traffic.all_gather_experts + traffic.all_gather_rest
+    received = traffic.all_gather_later
     assert traffic.total_seconds == pytest.approx(
         (traffic.all_to_all_leaving + received + traffic.gradients_leaving) / 100
     )

@@ -14,11 +14,13 @@ from pipeline.data.ingest import ingest
 from pipeline.data.tokens import open_shards, write_shards
 from pipeline.evaluation.answers import Answers
 from pipeline.experts.bank import Bank
-from pipeline.increments import champion_row, learned_order, measurable, standing
+from pipeline.increments import check_sampling, measurable, standing
 from pipeline.methods.moe_cl import Options, build
 from pipeline.methods.protocol import PlainLora, RetentionOptions
 from pipeline.stages.evaluate import Measured, measure, moves, retain
 from pipeline.stages.job import Job
+from pipeline.tracking.chain import fold
+from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.matrix_rows import matrix_of
 from tests.helpers import light_learner, randomise, stream_dict
@@ -192,8 +194,8 @@ def prepared(task: str = "a", version: str = "1", data: str = "1"):
     return SimpleNamespace(task=task, contract=SimpleNamespace(digest=sha(f"{task}/v{version}")), data_digests=digests)
 
 
-def chain_of(*entries: tuple[str, str, str, str, str]) -> list[Manifest]:
-    """Manifests, newest first, of (task, contract version, data, learning, verdict), oldest first."""
+def manifests_of(*entries: tuple[str, str, str, str, str]) -> list[Manifest]:
+    """Manifests of (task, contract version, data, learning, verdict), oldest first."""
     manifests: list[Manifest] = []
     for number, (task, version, data, learning, verdict) in enumerate(entries, start=1):
         what = prepared(task, version, data)
@@ -223,11 +225,16 @@ def chain_of(*entries: tuple[str, str, str, str, str]) -> list[Manifest]:
                 versions={},
             )
         )
-    return manifests[::-1]
+    return manifests
+
+
+def history_of(*entries: tuple[str, str, str, str, str]) -> History:
+    """What the chain of `manifests_of` tells."""
+    return History.of(manifests_of(*entries))
 
 
 def stands(what, *entries, learning: str = "x") -> str:
-    return standing(what, chain_of(*entries), sha(json.dumps({"name": learning}, separators=(",", ":"))))
+    return standing(what, history_of(*entries), sha(json.dumps({"name": learning}, separators=(",", ":"))))
 
 
 PROMOTED, REJECTED = ("a", "1", "1", "x", "promoted"), ("a", "1", "1", "x", "rejected")
@@ -269,25 +276,69 @@ def test_going_back_to_an_older_version_is_new_once_the_newer_one_is_served():
 
 
 def test_a_row_measures_the_new_task_and_those_learned_from_the_data_at_hand():
-    chain = chain_of(PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"))
+    chain = history_of(PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"))
     tasks = {"a": prepared(data="2"), "b": prepared("b"), "c": prepared("c"), "d": prepared("d"), "e": prepared("e")}
     learning = sha(json.dumps({"name": "x"}, separators=(",", ":")))
     assert set(measurable(tasks, tasks["d"], chain, learning)) == {"b", "d"}
+
+
+def test_a_sample_of_the_earlier_tasks_is_drawn_by_seed_and_increment():
+    names = [f"task_{n}" for n in range(9)]
+    history = history_of(*((name, "1", "1", "x", "promoted") for name in names))
+    tasks = {name: prepared(name) for name in [*names[:6], "new"]}  # three learned ones are not in the stream
+    learning = sha(json.dumps({"name": "x"}, separators=(",", ":")))
+
+    def drawn(count: int | None, seed: int = 0, told: History = history) -> list[str]:
+        return sorted(measurable(tasks, tasks["new"], told, learning, count, seed))
+
+    assert drawn(None) == sorted(tasks) and drawn(0) == ["new"]
+    samples = [drawn(2, seed) for seed in range(12)]
+    assert all(len(sample) == 3 and "new" in sample and set(sample) <= set(tasks) for sample in samples)
+    assert set().union(*samples) == set(tasks), "every earlier task has its turn"
+    assert drawn(2, 5) == drawn(2, 5)
+    later = history_of(*((name, "1", "1", "x", "promoted") for name in names), ("c", "1", "1", "x", "rejected"))
+    assert any(drawn(2, seed, later) != samples[seed] for seed in range(12)), "the next increment draws anew"
+    assert drawn(20) == sorted(tasks)
+
+
+def test_sampling_is_refused_where_every_earlier_task_moves(tmp_path):
+    sampled = {"evaluation": {"earlier_tasks": 2}}
+    following = stream_dict(tmp_path, tmp_path, tmp_path, ["unused"], **sampled)
+    config = StreamConfig.model_validate(following)
+    check_sampling(config, method("best"))
+    check_sampling(config, method("pin"))
+    with pytest.raises(UserError, match=r"evaluation\.earlier_tasks: .*retention follow.*remove the key"):
+        check_sampling(config, method("follow"))
+    check_sampling(StreamConfig.model_validate({**following, "evaluation": {}}), method("follow"))
 
 
 # ---------------------------------------------------------------- the order, the champion's row, the matrix
 
 
 def test_the_order_is_by_newest_promotion():
-    assert learned_order([]) == ()
-    assert learned_order(["a", "b", "c"]) == ("a", "b", "c")
-    assert learned_order(["a", "b", "a", "c", "b"]) == ("a", "c", "b")
+    def order(tasks: str) -> list[str]:
+        return list(history_of(*((task, "1", str(n), "x", "promoted") for n, task in enumerate(tasks))).learned)
+
+    assert order("") == []
+    assert order("abc") == ["a", "b", "c"]
+    assert order("abacb") == ["a", "c", "b"]
 
 
 def test_the_champions_row_holds_each_tasks_newest_promoted_score():
-    chain = chain_of(PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"))
-    assert champion_row(chain) == {"a": 0.2, "b": 0.2}  # increment 3 was rejected: its row does not count
-    assert champion_row([]) == {}
+    history = history_of(PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"))
+    assert history.row == {"a": 0.2, "b": 0.2}  # increment 3 was rejected: its row does not count
+    assert History().row == {}
+
+
+def test_a_history_says_what_the_fold_of_its_chain_says():
+    told = [PROMOTED, OTHER, ("c", "1", "1", "x", "rejected"), ("a", "2", "1", "x", "promoted")]
+    history = History()
+    for count in range(1, len(told) + 1):
+        history.add(history_of(*told[:count]).head)
+    champion = fold(manifests_of(*told))
+    assert (history.bundles, history.state, history.head_sha256) == (champion.bundles, champion.state, champion.head)
+    assert history == history_of(*told) and history.promoted.increment == 4 and len(history.entries) == 4
+    assert [entry.increment for entry in history.of_task("a")] == [4, 1]
 
 
 def test_the_matrix_has_a_row_and_a_column_for_each_task_in_the_order_of_learning():

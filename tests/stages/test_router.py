@@ -81,8 +81,8 @@ def test_the_router_reads_the_text_alone_no_prompt_and_no_label(world):
     job, tasks, _ = world
     _, digest = learn_router(job, increment("engine"), tasks)
     asked_otherwise = tasks["engine"].contract.model_copy(update={"prompt": "Why? {text}", "labels": {"x": " y"}})
-    other = replace(tasks["engine"], contract=asked_otherwise, label_ids=((5,),))
-    other.splits["train"] = other.splits["train"].map(lambda row: {"prompt_ids": [7, 7], "answer_ids": [9], "label": 0})
+    rows = tasks["engine"].splits["train"].map(lambda row: {"prompt_ids": [7, 7], "answer_ids": [9], "label": 0})
+    other = replace(tasks["engine"], contract=asked_otherwise, label_ids=((5,),), splits={"train": rows})
     assert learn_router(job, increment("engine"), {"engine": other})[1] == digest
 
 

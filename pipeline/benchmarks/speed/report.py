@@ -19,6 +19,10 @@ def as_table(report: dict[str, Any]) -> str:
         lines += ["", name, *_aligned(_contenders(case))]
         if case["ratios"]:
             lines += _aligned([("ratio", "median", "quartiles"), *map(_ratio, case["ratios"].items())])
+        if "phases" in case:
+            lines += _aligned(_phases(case["phases"]))
+        if "imports" in case:
+            lines += _aligned([("imports by package", ""), *((n, f"{s:.2f}") for n, s in case["imports"].items())])
     return "\n".join(lines)
 
 
@@ -54,6 +58,8 @@ def _contenders(case: dict[str, Any]) -> list[tuple[str, ...]]:
         "tokens/s": lambda figures: _number(figures.get("tokens_per_second")),
         "GFLOP/s": lambda figures: _number(figures.get("flop_per_second"), 1e9),
         "of GEMM": lambda figures: f"{figures['share_of_gemm_rate']:.0%}" if "share_of_gemm_rate" in figures else "",
+        "gathered MB (planned)": lambda figures: _beside_plan(figures, "gather_bytes"),
+        "reduced MB (planned)": lambda figures: _beside_plan(figures, "reduce_bytes"),
         "peak MB": lambda figures: f"{figures['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in figures else "",
     }
     lines = [("", "seconds", "quartiles", *columns)]
@@ -64,6 +70,15 @@ def _contenders(case: dict[str, Any]) -> list[tuple[str, ...]]:
         lines.append((name, f"{seconds['median']:.4g}", f"{low:.4g} to {high:.4g}", *cells))
     kept = [place for place in range(len(lines[0])) if any(line[place] for line in lines[1:])]
     return [tuple(line[place] for place in kept) for line in lines]
+
+
+def _phases(phases: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line a phase, a column a contender: median seconds."""
+    names = list(dict.fromkeys(name for own in phases.values() for name in own))
+    lines = [
+        (name, *(f"{own[name]['median']:.2f}" if name in own else "" for own in phases.values())) for name in names
+    ]
+    return [("phase", *phases), *lines]
 
 
 def _ratio(item: tuple[str, dict[str, Any]]) -> tuple[str, str, str]:
@@ -78,6 +93,13 @@ def _number(rate: dict[str, Any] | None, unit: float = 1.0) -> str:
         return ""
     value = rate["median"] / unit
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _beside_plan(figures: dict[str, Any], what: str) -> str:
+    """Megabytes of one step of one rank, counted, and in brackets by the plan."""
+    if "planned" not in figures:
+        return ""
+    return f"{figures['step'][what] / 1e6:.4g} ({figures['planned'][what] / 1e6:.4g})"
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> list[str]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer, skeleton
+from pipeline.benchmarks.speed.data import measure_data
 from pipeline.benchmarks.speed.machine import describe_machine, describe_software, load_average, peak_bytes
 from pipeline.benchmarks.speed.options import SpeedOptions
+from pipeline.benchmarks.speed.ranks import measure_ranks
 from pipeline.benchmarks.speed.report import draw
 from pipeline.benchmarks.speed.scoring import measure_evaluation
+from pipeline.benchmarks.speed.startup import measure_startup
 from pipeline.benchmarks.speed.steps import measure_steps
 from pipeline.benchmarks.speed.tasks import label_names, most_labels, prepare_task, task_names
 from pipeline.benchmarks.speed.trainer import check_peer, measure_training
@@ -73,15 +76,24 @@ def measure(options: SpeedOptions, folder: Path, say: Callable[[str], None]) -> 
         shards.parent.mkdir(exist_ok=True)
         return prepare_task(options.data, task, tokenizer, options.max_tokens, shards), shards
 
+    if "startup" in options.cases:
+        say(f"startup: {tasks[0]}, {options.repeats} rounds of launches")
+        yield {"startup": measure_startup(options, tasks[0], folder / "startup")}
     if "trainer" in options.cases:
         for task in tasks:
             say(f"trainer: {task}, {options.repeats} rounds of {options.warmup} + {options.steps} steps")
             yield {f"trainer on {task}": measure_training(options, *prepared(task), folder / "runs" / task)}
+    if "ranks" in options.cases:
+        say(f"ranks: {tasks[0]}, {options.repeats} rounds of {options.warmup} + {options.steps} steps")
+        yield {"ranks": measure_ranks(options, *prepared(tasks[0]), folder / "ranks")}
     if "validation" in options.cases:
         say(f"validation: {options.validation_rows:,} rows")
         own = folder / "validation"
         own.mkdir()
         yield measure_validation(options, tokenizer, own)
+    if "data" in options.cases:
+        say(f"data: verdicts of up to {5 * options.validation_rows:,} rows, tokenising")
+        yield measure_data(options, folder / "data")
     if {"step", "evaluation"} & set(options.cases):
         world = start_world()
         if "step" in options.cases:

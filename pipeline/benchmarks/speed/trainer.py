@@ -24,7 +24,7 @@ PEER = "peft_trainer"
 CONTENDERS = ("sequential", "moe_cl", PEER)
 Notes = dict[str, list[dict[str, Any]]]  # contender -> what each of its runs left
 # what a process group left in the environment would make the child join it
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
 
 
 def check_peer() -> None:
@@ -70,11 +70,9 @@ def train_in_child(
 ) -> dict[str, Any]:
     """One training run in a new process; its note. Raises RuntimeError with the end of its output where it fails."""
     spec = write_spec(options, prepared, shards, contender, folder)
-    environment = {name: value for name, value in os.environ.items() if name not in _GROUP}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.benchmarks.speed.trainer_child", str(spec)],
-        env=environment,
+        env=child_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -84,6 +82,13 @@ def train_in_child(
             f"training with {contender} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
     return json.loads(spec.with_name("note.json").read_text(encoding="utf-8"))
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment without its process group, with the package to be found."""
+    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    return environment
 
 
 def write_spec(options: SpeedOptions, prepared: PreparedTask, shards: Path, contender: str, folder: Path) -> Path:

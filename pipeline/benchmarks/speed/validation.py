@@ -123,12 +123,14 @@ def synthetic_contract() -> TaskContract:
     )
 
 
-def synthetic_rows(number: int) -> pa.Table:
-    """Rows of which five in a hundred break the contract, each in a way of its own, at places 7, 23, 41, 59 and 73."""
-    draw = random.Random(0)
+def synthetic_rows(number: int, first: int = 0) -> pa.Table:
+    """Rows `first` to `first + number`, of which five in a hundred break the contract, each in a way of its own, at
+    places 7, 23, 41, 59 and 73.
+    """
+    draw = random.Random(first)
     texts: list[str | None] = []
     labels: list[str | None] = []
-    for row in range(number):
+    for row in range(first, first + number):
         texts.append(f"Note {row}: the {' and the '.join(draw.choices(_WORDS, k=3 + row % 9))} we got.")
         labels.append(LABELS[row % len(LABELS)])
         match row % 100:
@@ -142,7 +144,7 @@ def synthetic_rows(number: int) -> pa.Table:
                 labels[-1] = None
             case 73:
                 texts[-1] = "long " * LONGEST
-    return pa.table({"id": [f"row-{row}" for row in range(number)], "text": texts, "label": labels})
+    return pa.table({"id": [f"row-{row}" for row in range(first, first + number)], "text": texts, "label": labels})
 
 
 def vectorised(contract: TaskContract, table: pa.Table) -> pa.ChunkedArray:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from pipeline.benchmarks.router import after_task, against_batch, as_table, learn
+from jobs import benchmark
+from pipeline.benchmarks.router.report import as_table
+from pipeline.benchmarks.router.run import after_task, against_batch, learn
 from pipeline.config import RouterConfig
 
 CONFIG = RouterConfig(layers=1, features=60, regularisation=0.5)
@@ -47,3 +49,11 @@ def test_the_table_says_what_the_report_says(pooled):
     text = as_table(report)
     for told in ("87.50", "62.50 %", "75.0", "25.0", "50.00 %", "1.0e-12", "0.0 MB"):
         assert told in text
+
+
+def test_a_mistake_is_one_message_before_anything_is_loaded(tmp_path, capsys):
+    given = ["router", "--backbone", "nowhere", "--data", "nowhere", "--out", str(tmp_path / "router.json")]
+    assert benchmark.main([*given, "--tasks", "a", "a"]) == 2
+    assert benchmark.main([*given, "--tasks", "a", "b", "--test-rows", "0"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "at least two tasks" in told[0] and "--test-rows is 0" in told[1]

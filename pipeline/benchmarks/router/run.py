@@ -4,7 +4,6 @@ Depth and regularisation are chosen on validation texts, after the last task; te
 it stands TF-IDF with logistic regression, which sees the training texts of all tasks at once.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_config, load_tokenizer
+from pipeline.benchmarks.router.options import RouterOptions
 from pipeline.benchmarks.speed.machine import describe_machine, describe_software
 from pipeline.benchmarks.tfidf import tfidf_predictions
 from pipeline.config import BackboneConfig, RouterConfig, StreamConfig
@@ -30,7 +30,7 @@ from pipeline.files import write_atomic
 from pipeline.placement.distributed import start_world
 from pipeline.placement.learner import Learner, build_learner
 
-_ZERO2 = Path(__file__).resolve().parents[2] / "deepspeed_configs" / "zero2.json"
+_ZERO2 = Path(__file__).resolve().parents[3] / "deepspeed_configs" / "zero2.json"
 Texts = Mapping[str, list[str]]  # by split
 Pooled = Mapping[str, Mapping[str, torch.Tensor]]  # task -> split -> (rows, D)
 
@@ -44,24 +44,22 @@ class Choice:
     validation: float
 
 
-def run_router(given: argparse.Namespace) -> dict[str, Any]:
+def run_router(options: RouterOptions, out: Path) -> dict[str, Any]:
     """Measure; writes and returns the report. Raises UserError for data or settings that cannot be used."""
-    if len(set(given.tasks)) < 2:
-        raise UserError("--tasks: name at least two tasks; a router has nothing to choose between otherwise")
-    backbone = BackboneConfig(path=given.backbone, dtype=given.dtype)
+    backbone = BackboneConfig(path=options.backbone, dtype=options.dtype)
     settings = [
-        RouterConfig(layers=layers, regularisation=x, features=given.features, max_tokens=given.max_tokens)
-        for layers in given.layers
-        for x in given.regularisation
+        RouterConfig(layers=layers, regularisation=x, features=options.features, max_tokens=options.max_tokens)
+        for layers in options.layers
+        for x in options.regularisation
     ]
     for config in settings:
         check_router(config, load_config(backbone))
-    texts = {task: read_texts(given, task) for task in given.tasks}
+    texts = {task: read_texts(options, task) for task in options.tasks}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begin = time.perf_counter()
     learner, budget = build(backbone)
-    tokens = tokenise(given, backbone, texts)
-    pooled = pool(learner, given.layers, tokens, budget)
+    tokens = tokenise(options, backbone, texts)
+    pooled = pool(learner, options.layers, tokens, budget)
     choices, routers = [], []
     for config in settings:
         router = learn(config, pooled[config.layers])[-1]
@@ -75,10 +73,10 @@ def run_router(given: argparse.Namespace) -> dict[str, Any]:
         "started": started,
         "machine": describe_machine(),
         "software": describe_software(),
-        "backbone": Path(given.backbone).resolve().name,
-        "settings": {**routers[best].model_dump(mode="json", exclude={"rows"}), "dtype": given.dtype},
+        "backbone": Path(options.backbone).resolve().name,
+        "settings": {**routers[best].model_dump(mode="json", exclude={"rows"}), "dtype": options.dtype},
         "rows": {split: {task: len(texts[task][split]) for task in texts} for split in SPLITS},
-        "row_seed": given.seed,
+        "row_seed": options.seed,
         "chosen_on_validation_from": [vars(choice) for choice in choices],
         "after_each_task": [after_task(router, pooled[routers[best].layers]) for router in stages],
         "recursive_against_batch": against_batch(stages[-1], pooled[routers[best].layers]),
@@ -86,21 +84,21 @@ def run_router(given: argparse.Namespace) -> dict[str, Any]:
         "tfidf_all_tasks_at_once": tfidf(texts),
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    write_atomic(given.out, (json.dumps(report, indent=1) + "\n").encode())
+    write_atomic(out, (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 
-def read_texts(given: argparse.Namespace, task: str) -> Texts:
+def read_texts(options: RouterOptions, task: str) -> Texts:
     """At most so many texts of each split, drawn by seed."""
     texts = {}
     for split in SPLITS:
-        file = Path(given.data) / task / f"{split}.parquet"
+        file = Path(options.data) / task / f"{split}.parquet"
         try:
             column = pq.read_table(file, columns=["text"])["text"].to_pylist()
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{file} has no readable column 'text' ({str(error).splitlines()[0]})") from error
         column = [text for text in column if text and text.strip()]
-        rows = select_rows(len(column), getattr(given, f"{split}_rows"), given.seed, f"{task}/{split}")
+        rows = select_rows(len(column), getattr(options, f"{split}_rows"), options.seed, f"{task}/{split}")
         texts[split] = [column[row] for row in rows]
         if not texts[split]:
             raise UserError(f"{file} holds no text")
@@ -121,11 +119,11 @@ def build(backbone: BackboneConfig) -> tuple[Learner, int]:
     return build_learner(config, None, start_world(), train=False), config.evaluation.batch_tokens
 
 
-def tokenise(given: argparse.Namespace, backbone: BackboneConfig, texts: Mapping[str, Texts]) -> dict:
+def tokenise(options: RouterOptions, backbone: BackboneConfig, texts: Mapping[str, Texts]) -> dict:
     """Tokens in place of texts."""
     tokenizer = load_tokenizer(backbone)
     return {
-        task: {split: text_tokens(tokenizer, rows, given.max_tokens) for split, rows in splits.items()}
+        task: {split: text_tokens(tokenizer, rows, options.max_tokens) for split, rows in splits.items()}
         for task, splits in texts.items()
     }
 
@@ -189,32 +187,3 @@ def tfidf(texts: Mapping[str, Texts]) -> float:
     predicted = np.array(tfidf_predictions(*flat["train"], *flat["validation"], flat["test"][0]))
     true = np.array(flat["test"][1])
     return float(np.mean([(predicted[true == task] == task).mean() for task in texts]))
-
-
-def as_table(report: Mapping[str, Any]) -> str:
-    """What was found, as text."""
-    chosen = report["settings"]
-    best = f"layers {chosen['layers']}, regularisation {chosen['regularisation']:g}"
-    lines = [f"chosen by accuracy (%) on validation: {best}"]
-    lines += [
-        f"  layers {choice['layers']:3d} regularisation {choice['regularisation']:8g} {100 * choice['validation']:6.2f}"
-        for choice in report["chosen_on_validation_from"]
-    ]
-    lines.append("test texts routed to their own task, after each task")
-    lines += [
-        f"  {stage['tasks']:3d} tasks, last {stage['task']:24s} {100 * stage['accuracy']:.2f} %"
-        for stage in report["after_each_task"]
-    ]
-    last = report["after_each_task"][-1]["routed"]
-    lines += _confusion(last, list(last))
-    lines.append(f"TF-IDF, all tasks at once: {100 * report['tfidf_all_tasks_at_once']:.2f} %")
-    lines.append(f"recursive against batch weights: {report['recursive_against_batch']:.1e} relative")
-    lines.append(f"kept: {report['kept_bytes'] / 1e6:.1f} MB; {report['seconds']} s")
-    return "\n".join(lines)
-
-
-def _confusion(shares: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> list[str]:
-    width = max(12, *map(len, tasks))
-    head = " " * (width + 2) + "  ".join(f"{task:>{width}s}" for task in tasks)
-    rows = [f"  {task:{width}s}" + "  ".join(f"{100 * shares[task][t]:{width}.1f}" for t in tasks) for task in tasks]
-    return ["rows of the table: the true task; columns: where its texts went, in %", head, *rows]
