@@ -5,6 +5,7 @@ A method's options are a pydantic model `Options` in the method's own file, foun
 """
 
 import copy
+import functools
 import importlib
 import pkgutil
 import re
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_contracts.errors import UserError
+from pipeline.files import canonical_json, sha256_file, sha256_text
 
 
 class Section(BaseModel):
@@ -120,6 +122,7 @@ class StreamConfig(Section):
     backbone: BackboneConfig
     tasks: tuple[str, ...] = Field(min_length=1)  # contract files, in the order they are learned
     method: dict[str, Any]
+    start_from: dict[str, str] = {}  # task -> PEFT adapter folder that its LoRA expert starts from, when it is new
     rows: RowsConfig = RowsConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -153,7 +156,8 @@ class StreamConfig(Section):
 
     def learning(self) -> dict[str, Any]:
         """What decides the learned numbers: no paths, hosts, addresses or placement (DESIGN section 7)."""
-        return {
+        started = {task: adapter_digest(folder) for task, folder in self.start_from.items()}
+        return ({"start_from": started} if started else {}) | {
             "seed": self.seed,
             "method": self.method,
             "rows": self.rows.model_dump(mode="json"),
@@ -162,6 +166,18 @@ class StreamConfig(Section):
             "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
         }
+
+
+@functools.lru_cache(maxsize=64)
+def adapter_digest(folder: str) -> str:
+    """sha256 over the bytes of a PEFT adapter folder's two files. Raises UserError where one cannot be read."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    try:
+        return sha256_text(canonical_json({name: sha256_file(Path(folder) / name) for name in names}))
+    except OSError as error:
+        raise UserError(
+            f"start_from: {error.filename} cannot be read ({error.strerror}); restore the folder"
+        ) from error
 
 
 def method_names() -> list[str]:

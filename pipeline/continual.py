@@ -40,6 +40,7 @@ from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker
+from pipeline.training.adapter_folder import check_start_from, check_started_tasks
 from pipeline.training.loop import StepLog
 from pipeline.training.stop import StopFlag, StoppedOnRequest
 
@@ -57,6 +58,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
     method = build_method(config)
     check_before_loading(config, method.plan)
     check_sampling(config, method)
+    check_start_from(config, method)
     check_router(config.router, load_config(config.backbone))
     tokenizer = load_tokenizer(config.backbone)
     clock.passed("checks")
@@ -203,6 +205,7 @@ def prepare_tasks(
             raise result
     check_task_names([contract for contract, _ in results])
     names = [contract.task for contract, _ in results]
+    check_started_tasks(config, names)
     if until is not None and until not in names:
         raise UserError(f"--until {until}: the stream has no such task; it has {', '.join(names)}")
     floors = config.gate.min_metric if isinstance(config.gate.min_metric, dict) else {}

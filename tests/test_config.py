@@ -29,7 +29,7 @@ DEEPSPEED = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 
 # An option that comes, goes or is renamed shows here: streams in the field name them.
 OPTIONS = """
-    stream work_dir data_roots tasks deepspeed seed
+    stream work_dir data_roots tasks start_from deepspeed seed
     backbone.path backbone.dtype backbone.revision backbone.trust_remote_code
     rows.train rows.validation rows.test
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
