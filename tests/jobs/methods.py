@@ -3,6 +3,9 @@
 import shutil
 from pathlib import Path
 
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
 from tests.jobs.launch import Case, Done, run_many
 from tests.jobs.streams import LEARNING, TASKS, Inputs, stream_of
 
@@ -31,12 +34,24 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
         name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)
         for name, (method, sections) in streams.items()
     }
+    cases["started"] = started(inputs, folder / "started")
     for work_dir, _ in cases.values():  # creating MLflow's database takes seconds: one empty one serves all
         work_dir.mkdir()
         shutil.copy(empty_database(folder), work_dir / "mlflow.db")
     cases |= asking(inputs, cases["sequential"][0], folder)
     done = run_many([case for _, case in cases.values()], folder / "out")
     return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
+
+
+def started(inputs: Inputs, folder: Path) -> tuple[Path, Case]:
+    """A stream whose first task starts from the PEFT adapter folder `adapter` beside its work_dir and hardly moves."""
+    model = AutoModelForCausalLM.from_pretrained(inputs.backbone)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["gate_proj", "up_proj", "down_proj"])
+    config.init_lora_weights = False  # B is random, not zero
+    get_peft_model(model, config).save_pretrained(folder.with_name("adapter"))
+    method = {"name": "per_task", "lora": {"rank": 3, "alpha": 6, "dropout": 0.0}}
+    sections = {"training": {"learning_rate": 1e-12}, "start_from": {"first": str(folder.with_name("adapter"))}}
+    return stream_of(inputs, folder, TASKS[:1], method, **sections)
 
 
 def asking(inputs: Inputs, work_dir: Path, folder: Path) -> dict[str, tuple[Path, Case]]:
