@@ -83,9 +83,7 @@ def add_quality(quality: argparse.ArgumentParser) -> None:
     add("--suite", required=True, choices=SUITES, help="which tasks in which orders")
     add("--data", required=True, metavar="FOLDER", help="folder with one folder a task of the suite")
     add("--backbone", required=True, metavar="B", help="folder of a backbone")
-    add(
-        "--out", required=True, metavar="DIR", help="results; a finished cell stands in DIR/SUITE and is not run again"
-    )
+    add("--out", required=True, metavar="DIR", help="results; a finished cell stands in DIR/SUITE and is not run again")
     add("--methods", nargs="+", default=(), metavar="NAME", help="of methods.yaml beside the benchmark (default: all)")
     add("--orders", nargs="+", default=(), metavar="ORDER", help="orders of the tasks (default: all of the suite's)")
     add("--seeds", nargs="+", type=int, default=default["seeds"], metavar="N", help="of sampling and of training")
@@ -96,7 +94,12 @@ def add_quality(quality: argparse.ArgumentParser) -> None:
     add("--choose", action="store_true", help="choose each method's learning rate by validation on the first order")
     rates = default["learning_rates"]
     add(
-        "--learning-rates", nargs="+", type=float, default=rates, metavar="LR", help="--choose tries these (%(default)s)"
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=rates,
+        metavar="LR",
+        help="--choose tries these (%(default)s)",
     )
     add("--report-only", action="store_true", help="run nothing; make table and pictures from the finished cells")
     for name, text in (

@@ -6,6 +6,7 @@ from typing import Any
 LICENCE = "not ours: see the README beside the data"  # the licence line of every contract
 _TOPIC, _SENTIMENT = "{text}\nTopic:", "{text}\nSentiment:"
 _RELATION = "{text}\nRelation of sentence 2 to sentence 1:"
+_VERDICT, _VERDICTS = "评论：{text}\n判断：", {"violation": "违规", "compliant": "合规"}
 _YES_NO = {"True": " yes", "False": " no"}
 
 
@@ -130,11 +131,9 @@ SUITES: dict[str, Suite] = {
     ),
     "compliance3": _suite(
         [
-            Task("social_bias", "评论：{text}\n判断：", {"violation": "违规", "compliant": "合规"}, language="zh"),
-            Task("gender_weibo", "评论：{text}\n判断：", {"violation": "违规", "compliant": "合规"}, language="zh"),
-            Task(
-                "entertainment_sport", "评论：{text}\n判断：", {"violation": "违规", "compliant": "合规"}, language="zh"
-            ),
+            Task("social_bias", _VERDICT, _VERDICTS, language="zh"),
+            Task("gender_weibo", _VERDICT, _VERDICTS, language="zh"),
+            Task("entertainment_sport", _VERDICT, _VERDICTS, language="zh"),
         ],
         {
             "O1": "social_bias gender_weibo entertainment_sport",
