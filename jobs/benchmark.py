@@ -90,6 +90,7 @@ def add_quality(quality: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, metavar="N", help="of a row; longer ones are cut (default: the suite's)")
     add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
     add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
+    add("--threads", type=int, metavar="N", help="of each rank (default: the cores shared out)")
     add("--work-dir", metavar="W", help="where running cells have their files (default: a fixed temporary folder)")
     add("--choose", action="store_true", help="choose each method's learning rate by validation on the first order")
     rates = default["learning_rates"]
@@ -99,7 +100,7 @@ def add_quality(quality: argparse.ArgumentParser) -> None:
         type=float,
         default=rates,
         metavar="LR",
-        help="--choose tries these (%(default)s)",
+        help="for --choose (%(default)s)",
     )
     add("--report-only", action="store_true", help="run nothing; make table and pictures from the finished cells")
     for name, text in (

@@ -138,10 +138,14 @@ def _pretty(value: Any, indent: str = "") -> str:
 
 
 def rate_for(options: QualityOptions, setting: Setting) -> float:
-    """The learning rate of a setting: as `choose` left it for this suite, else for mtl5, else `DEFAULT_RATE`."""
+    """The learning rate of a setting: as `choose` left it, else that of its `rate_of`; for this suite, else for mtl5.
+
+    `DEFAULT_RATE` where nothing was chosen.
+    """
     for suite in (options.suite, "mtl5"):
         path = Path(options.out) / suite / CHOSEN
         rates = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if entry := rates.get(setting.rate_of or setting.name):
-            return entry["learning_rate"]
+        for name in (setting.name, setting.rate_of):
+            if name in rates:
+                return rates[name]["learning_rate"]
     return DEFAULT_RATE

@@ -1,8 +1,8 @@
 """What a finished stream says, as the record that a cell keeps.
 
-Answers are kept row by row, so that intervals can be computed later without a new run: of a classification task a string with a
-character a row, the label's place in `ALPHABET`; of a generation task a list of the rows' scores in thousandths. Rows
-stand in the order of their ids.
+Answers are kept row by row, so that intervals can be computed later without a new run: of a classification task a
+string with a character a row, the label's place in `ALPHABET`; of a generation task a list of the rows' scores in
+thousandths. Rows stand in the order of their ids.
 """
 
 import json

@@ -25,6 +25,7 @@ import yaml
 
 from data_contracts.errors import UserError
 from pipeline.benchmarks.quality.cells import Cell
+from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.files import write_atomic
 from pipeline.training.stop import EXIT_STOPPED
 
@@ -101,7 +102,12 @@ def launch(cell: Cell, folder: Path, arguments: list[str], say: Callable[[str], 
     began = time.monotonic()
     with open(folder / LOG, "ab") as log:
         child = subprocess.Popen(
-            command, cwd=ROOT, env=environment(ranks), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment(cell.options),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = _watch(child, folder, say)
@@ -118,11 +124,11 @@ def launch(cell: Cell, folder: Path, arguments: list[str], say: Callable[[str], 
         raise RuntimeError(f"{cell.name} ended with {code}:\n{tail(folder)}")
 
 
-def environment(ranks: int) -> dict[str, str]:
-    """The child's: this code, the cores shared out over the ranks."""
+def environment(options: QualityOptions) -> dict[str, str]:
+    """The child's: this code, and threads."""
     values = {key: value for key, value in os.environ.items() if key not in _GROUP}
     values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), values.get("PYTHONPATH")]))
-    values["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    values["OMP_NUM_THREADS"] = str(options.threads or max(1, (os.cpu_count() or 1) // options.ranks))
     return values
 
 
@@ -166,7 +172,7 @@ def _watch(child: "subprocess.Popen[Any]", folder: Path, say: Callable[[str], No
 
 def _stop(child: "subprocess.Popen[Any]") -> None:
     """Ask a child to save its state and end; end it where it does not."""
-    for number, seconds in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
+    for number, seconds in ((signal.SIGTERM, 300), (signal.SIGKILL, 10)):
         try:
             os.killpg(child.pid, number)
             child.wait(seconds)

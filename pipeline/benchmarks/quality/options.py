@@ -35,6 +35,7 @@ class QualityOptions:
     report_only: bool = False  # run nothing
     dtype: str = "bfloat16"
     ranks: int = 1
+    threads: int | None = None  # of each rank; None: the cores shared out
     deepspeed: str = str(_ZERO2)
     work_dir: str | None = None  # where cells that run have their files; None: a fixed folder among temporary files
 
@@ -49,6 +50,8 @@ class QualityOptions:
             raise UserError(f"--batch-size {self.batch_size} cannot be shared out evenly over {self.ranks} ranks")
         if self.choose and not 1 <= len(self.learning_rates) <= MAX_LEARNING_RATES:
             raise UserError(f"--learning-rates: give 1 to {MAX_LEARNING_RATES}; every method has the same few tries")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads is {self.threads}; it must be at least 1")
         if self.max_tokens is not None and self.max_tokens < 32:
             raise UserError(f"--max-tokens is {self.max_tokens}; a prompt and its label need at least 32")
 
