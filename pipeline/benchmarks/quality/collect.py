@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from pipeline.benchmarks.quality.cells import FORMAT, Cell
-from pipeline.benchmarks.quality.launch import WORK, total_seconds
+from pipeline.benchmarks.quality.launch import AHEAD, WORK, total_seconds
 from pipeline.evaluation import metrics
 from pipeline.experts.bank import Bank
 from pipeline.tracking.chain import load_chain, take_over
@@ -58,19 +58,31 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
         "wall_seconds": round(total_seconds(folder), 1),
         **cost(work_dir, manifests),
     }
-    answers, subset = [], {}
+    ahead = read_answers(work_dir / AHEAD)
+    answers, subset = [], {task: mask(rows[task], own) for task, own in ahead.items()}
     for manifest in manifests:
         table = last if manifest is manifests[-1] else read_predictions(work_dir, manifest)
         answers.append({task: encode(contracts[task], own, texts[task]) for task, own in table.items()})
         if manifest is not manifests[-1]:
-            subset |= {task: "".join("01"[row in own] for row in rows[task]) for task, own in table.items()}
-    return {**record, "answers": answers, "stream_rows": subset}
+            subset |= {task: mask(rows[task], own) for task, own in table.items()}
+    before = {task: encode(contracts[task], own, texts[task]) for task, own in ahead.items()}
+    return {**record, "answers": answers, "answers_ahead": before, "stream_rows": subset}
+
+
+def mask(rows: list[str], measured: dict[str, Any]) -> str:
+    """Which of the rows were measured, a 0 or 1 a row."""
+    return "".join("01"[row in measured] for row in rows)
 
 
 def read_predictions(work_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, str]]]:
     """By task and row id the answer and the reference on test after an increment."""
+    return read_answers(work_dir / "increments" / manifest.folder / "predictions")
+
+
+def read_answers(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """The same from a folder with a file a task."""
     found = {}
-    for path in sorted((work_dir / "increments" / manifest.folder / "predictions").glob("*.parquet")):
+    for path in sorted(folder.glob("*.parquet")):
         table = pq.read_table(path, columns=["row_id", "answer", "reference"]).to_pylist()
         found[path.stem] = {row["row_id"]: row for row in table}
     return found

@@ -4,8 +4,9 @@
                                  work/                          its work_dir
                                  log.txt  launches.json         what it said, and how long each launch took
 
-Only the last row of R is scored on all test rows. So there are two launches: up to the last task but one with
-`rows.test` set to the smaller number, and then the rest without it.
+Only the last row of R is scored on all test rows. So the command is launched twice: up to the last task but one with
+`rows.test` set to the smaller number, and then for the rest without it. A third launch (ahead.py) scores each task
+before it was learned.
 """
 
 import json
@@ -31,6 +32,7 @@ from pipeline.training.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[3]
 WORK, LOG, LAUNCHES = "work", "log.txt", "launches.json"
+AHEAD, AHEAD_MODULE = "ahead", "pipeline.benchmarks.quality.ahead"  # its folder in the work_dir
 # what a process group left in the environment would make the child join it
 _GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
 _POLL = 1.0  # seconds between two looks at a launch
@@ -79,30 +81,33 @@ def write_inputs(cell: Cell, folder: Path) -> Path:
 def run_cell(cell: Cell, folder: Path, say: Callable[[str], None]) -> None:
     """Learn the cell's stream, or what is left of it. Raises RuntimeError with the end of the log where it fails."""
     stream = write_inputs(cell, folder)
+    job = [str(ROOT / "jobs" / "continual.py"), "--stream", str(stream)]
     names = [contract["task"] for contract in cell.contracts().values()]
-    if len(names) > 1 and cell.options.test_rows_stream < cell.options.test_rows:
-        if num_increments(folder) < len(names) - 1:
-            few = f"rows.test={cell.options.test_rows_stream}"
-            launch(cell, folder, [str(stream), "--until", names[-2], "--set", few], say)
-    launch(cell, folder, [str(stream)], say)
+    few = min(cell.options.test_rows_stream, cell.options.test_rows)
+    if num_increments(folder) < len(names) - 1:
+        launch(cell, folder, [*job, "--until", names[-2], "--set", f"rows.test={few}"], say)
+    if num_increments(folder) < len(names):
+        launch(cell, folder, job, say)
     if num_increments(folder) != len(names):
-        raise RuntimeError(
-            f"{cell.name} ended with {num_increments(folder)} of {len(names)} increments:\n{tail(folder)}"
-        )
+        found = f"{num_increments(folder)} of {len(names)} increments"
+        raise RuntimeError(f"{cell.name} ended with {found}:\n{tail(folder)}")
+    if len(names) > 1:
+        launch(cell, folder, ["--module", AHEAD_MODULE, str(folder / WORK), str(few)], say)
 
 
 def launch(cell: Cell, folder: Path, arguments: list[str], say: Callable[[str], None]) -> None:
-    """One launch of jobs/continual.py; tells of every increment as it comes."""
+    """One launch of a script, or of a `--module`; tells of every increment as it comes."""
     ranks = cell.options.ranks
-    command = [sys.executable]
     if ranks > 1:
         port = ["--master_port", str(_free_port())]
-        command += ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), *port]
-    command += [str(ROOT / "jobs" / "continual.py"), "--stream", *arguments]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), *port]
+    else:
+        command = [sys.executable]
+        arguments = ["-m" if argument == "--module" else argument for argument in arguments]
     began = time.monotonic()
     with open(folder / LOG, "ab") as log:
         child = subprocess.Popen(
-            command,
+            [*command, *arguments],
             cwd=ROOT,
             env=environment(cell.options),
             stdout=log,

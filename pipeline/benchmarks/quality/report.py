@@ -14,7 +14,8 @@ from pipeline.benchmarks.quality.statistics import (
     macro_f1,
 )
 
-REFERENCE, ALONE = "moe_cl", "per_task"  # the method in question, and the bar of transfer
+REFERENCE = "moe_cl"  # the method in question
+BARE, ALONE = "zero_shot", "per_task"  # what forward transfer and transfer are measured against
 _POINTS = ("acc", "bwt", "fwt", "forgetting", "transfer", "validation_acc", "validation_bwt")
 _SIGNED = {"bwt", "fwt", "transfer", "validation_bwt"}
 _HEADINGS = ("ACC", "BWT", "FWT", "forgetting", "transfer", "ACC val.", "BWT val.")
@@ -51,13 +52,17 @@ def describe(records: Sequence[Record], budget: dict[str, Any]) -> str:
 
 def figure_table(records: Sequence[Record]) -> str:
     """A line a setting: means and spread over its cells; cost."""
-    baseline = {r["deciding"]["seed"]: r for r in records if r["setting"] == ALONE}
+    bare, alone = (
+        {record["deciding"]["seed"]: record for record in records if record["setting"] == name}
+        for name in (BARE, ALONE)
+    )
     lines = [
         ("method", "orders", *_HEADINGS, "learning rate", "trained parameters", "kept MB", "seconds"),
         ("---", "---", *["---:"] * (len(_HEADINGS) + 4)),
     ]
     for setting, own in by_setting(records).items():
-        found = [figures(record, baseline.get(record["deciding"]["seed"])) for record in own]
+        seeds = [record["deciding"]["seed"] for record in own]
+        found = [figures(record, bare.get(s), alone.get(s)) for record, s in zip(own, seeds, strict=True)]
         points = [spread([f[name] for f in found], name in _SIGNED) for name in _POINTS]
         rates = sorted({record["deciding"]["learning_rate"] for record in own} - {None})
         lines.append(

@@ -34,9 +34,17 @@ class Interval:
 def row_scores(record: Record, increment: int, task: str) -> np.ndarray:
     """Scores of the test rows that an increment (from 0) measured, in the order of their ids."""
     answers = record["answers"][increment][task]
+    return _scores(answers, last_on(record, increment, task, record["references"].get(task, "")))
+
+
+def scores_ahead(record: Record, task: str) -> np.ndarray:
+    """Scores of a task's test rows before it was learned."""
+    return _scores(record["answers_ahead"][task], last_on(record, 0, task, record["references"].get(task, "")))
+
+
+def _scores(answers: Any, references: str) -> np.ndarray:
     if isinstance(answers, list):
         return np.array(answers) / 1000
-    references = last_on(record, increment, task, record["references"][task])
     return np.array([a == b for a, b in zip(answers, references, strict=True)], dtype=float)
 
 
@@ -58,8 +66,8 @@ def paired_matrix(record: Record) -> matrix.Matrix:
     return rows
 
 
-def figures(record: Record, per_task: Record | None = None) -> dict[str, float | None]:
-    """ACC, BWT on test and on validation, mean forgetting, FWT where it was measured, transfer against `per_task`."""
+def figures(record: Record, zero_shot: Record | None = None, per_task: Record | None = None) -> dict[str, float | None]:
+    """ACC, BWT on test and on validation, mean forgetting; FWT and transfer where the cells they refer to are there."""
     R, validation = paired_matrix(record), record["R_validation"]
     last = len(R)
     return {
@@ -68,7 +76,7 @@ def figures(record: Record, per_task: Record | None = None) -> dict[str, float |
         "validation_acc": matrix.acc(validation),
         "validation_bwt": matrix.bwt(validation, last),
         "forgetting": sum(matrix.forgetting(R)) / last,
-        "fwt": forward_transfer(record),
+        "fwt": None if zero_shot is None else forward_transfer(record, zero_shot),
         "transfer": None if per_task is None else matrix.transfer(R, alone(record, per_task)),
     }
 
@@ -81,9 +89,18 @@ def alone(record: Record, per_task: Record) -> list[float]:
     return [float(last_on(record, place, task, own).mean()) for place, (task, own) in enumerate(diagonal)]
 
 
-def forward_transfer(record: Record) -> float | None:
-    """FWT from the scores on each task before it was learned, if the cell has them."""
-    return None
+def forward_transfer(record: Record, zero_shot: Record) -> float | None:
+    """FWT: each task but the first before it was learned, against the bare backbone on the same rows; None where the
+    cell was not asked."""
+    tasks = record["tasks"]
+    if "answers_ahead" not in record:
+        return None
+    R: matrix.Matrix = [[None] * len(tasks) for _ in tasks]
+    for place, task in enumerate(tasks[1:]):
+        R[place][place + 1] = float(scores_ahead(record, task).mean())
+    end = len(zero_shot["R"]) - 1
+    bare = [float(last_on(record, 0, task, row_scores(zero_shot, end, task)).mean()) for task in tasks]
+    return matrix.fwt(R, bare)
 
 
 def difference(first: Record, second: Record) -> Unit:
