@@ -3,9 +3,11 @@
 python jobs/benchmark.py speed --backbone demo/backbone --data FOLDER --out speed.json --tasks yelp agnews
 python jobs/benchmark.py scale --out scale.json
 python jobs/benchmark.py router --backbone demo/backbone --data FOLDER --out router.json --tasks dbpedia amazon
+python jobs/benchmark.py quality --suite mtl5 --data FOLDER --backbone demo/backbone --out docs/results
 
-FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md and
-docs/SCALE.md say what is measured and how. Exit 0, or 2 after a message on what to mend.
+FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md,
+docs/SCALE.md and docs/RESULTS.md say what is measured and how. Exit 0, 2 after a message on what to mend, 75 where
+`quality` was stopped: the same command goes on.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.quality import options as quality
 from pipeline.benchmarks.router import options as router
 from pipeline.benchmarks.scale import options as scale
 from pipeline.benchmarks.speed import options as speed
@@ -38,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         ("speed", "time against peers", speed.add_options, speed_benchmark),
         ("scale", "cost of an increment after a thousand others", scale.add_options, scale_benchmark),
         ("router", "how often the task router finds a text's task", router.add_options, router_benchmark),
+        ("quality", "methods against each other on benchmark streams", quality.add_options, quality_benchmark),
     ):
         benchmark = benchmarks.add_parser(name, help=text)
         benchmark.set_defaults(run=run)
@@ -76,6 +80,14 @@ def router_benchmark(given: argparse.Namespace) -> int:
     print(as_table(run_router(options, given.out)))
     print(f"\nwritten: {given.out}")
     return 0
+
+
+def quality_benchmark(given: argparse.Namespace) -> int:
+    """`quality`: run or continue, write, print."""
+    options = quality.QualityOptions.of(vars(given))
+    from pipeline.benchmarks.quality.command import run_command
+
+    return run_command(options)
 
 
 if __name__ == "__main__":
