@@ -17,8 +17,8 @@ and router are not public; these choices are ours:
 - The bank: a task's file holds its masks as bits and the values of what it claimed first (experts/claims.py). A bundle
   names the task's file and those of the tasks whose values it reads. So a task costs bits where it reuses, values
   where it is new; a start reads the files of all tasks.
-- The pool does not grow: when a sub-expert is full, tasks can only choose and mask what is there. Weights that only a
-  bundle nobody is served with any more had claimed are free again.
+- When a sub-expert is full, tasks can only choose and mask what is there; `sub_experts` may be raised for later tasks,
+  and so may `top_k` and `density` change. Parameters that only a bundle out of service had claimed are free again.
 
 Account of an increment: parameters of the pool, claimed by now, in the mask, of these reused; bytes of its file.
 """
@@ -34,12 +34,12 @@ from pipeline.config import Section
 from pipeline.experts.attach import ExpertPlan, pairs_of
 from pipeline.experts.claims import SIDES, Claim, claim_tensors, masked_values, read_claim, tensor_bytes
 from pipeline.experts.lora import SCORE_SPREAD, LoraOptions, initial_value
-from pipeline.experts.sub_experts import Claims, SparsePair, SubExperts, choose, keep_mask, taken
+from pipeline.experts.sub_experts import Claims, SubExperts, choose, keep_mask, taken
 from pipeline.methods.mocl import task_vector
 from pipeline.methods.protocol import Increment, Packed, PlainLora, RetentionOptions, Study, Tensors, past_of
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import experts_of, own_value, whole_over_experts
-from pipeline.tensor_files import Experts, TensorFile
+from pipeline.tensor_files import TensorFile
 
 
 class Options(Section):
@@ -98,17 +98,15 @@ class MoSEs(PlainLora):
     def learn_beside(self, learner: Learner, past: Sequence[tuple[TensorFile, float]]) -> None:
         """Mark what earlier files claim, and give what similar tasks used a head start."""
         self._claimed = 0
+        device = learner.world.device
         for path, pair in pairs_of(learner.experts)["adapter"].items():
-            experts = experts_of(pair.lora_A)
-            pair.served = None
-            device = learner.world.device
-            pair.prior = self._prior(pair, path, past, experts).to(device)
-            pair.claims = tuple(
-                self._claims(shape, [(read_claim(f, path, side, pair, experts), near) for f, near in past]).to(
-                    device, pair.lora_A.dtype
-                )
-                for side, shape in zip(SIDES, pair.shapes, strict=True)
-            )
+            experts, claims = experts_of(pair.lora_A), []
+            for side, shape in zip(SIDES, pair.shapes, strict=True):
+                read = [(read_claim(file, path, side, pair, experts), near) for file, near in past]
+                claims.append(self._claims(shape, read).to(device, pair.lora_A.dtype))
+            pair.served, pair.claims = None, tuple(claims)
+            noise = initial_value(f"{path}.score_match", (*shape[:-1], 1), self._seed, experts[0] if experts else 0)
+            pair.prior = (self._prior(read, shape) + noise).to(device)
 
     def _claims(self, shape: torch.Size, past: Sequence[tuple[Claim, float]]) -> Claims:
         """What the files claim of the blocks (..., K, N) of one factor."""
@@ -121,17 +119,13 @@ class MoSEs(PlainLora):
             self._claimed += claim.claimed
         return Claims(owner, value, head * (self.options.head_start * SCORE_SPREAD))
 
-    def _prior(
-        self, pair: SparsePair, path: str, past: Sequence[tuple[TensorFile, float]], experts: Experts
-    ) -> torch.Tensor:
-        """What the matches of the sub-experts start from, (..., K, 1)."""
-        shape = (*pair.shapes[0][:-1], 1)
-        best = torch.full(shape, -torch.inf)
-        for file, near in past:
-            chosen = file.read(f"{path}.chosen", experts).long().unsqueeze(-1)
-            best = torch.maximum(best, torch.full(shape, -torch.inf).scatter_(-2, chosen, near))
-        noise = initial_value(f"{path}.score_match", shape, self._seed, experts[0] if experts else 0)
-        return torch.where(best.isinf(), self.options.novelty, best) + noise
+    def _prior(self, past: Sequence[tuple[Claim, float]], shape: torch.Size) -> torch.Tensor:
+        """What the matches of the sub-experts start from, (..., K, 1); a mask holds some of every chosen one."""
+        best = torch.full((*shape[:-1], 1), -torch.inf)
+        for claim, near in past:
+            chosen = claim.mask.any(dim=-1, keepdim=True)
+            best = torch.where(chosen, best.clamp(min=near), best)
+        return torch.where(best.isinf(), self.options.novelty, best)
 
     @torch.no_grad()
     def pack(self, learner: Learner) -> Packed:
