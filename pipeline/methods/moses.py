@@ -5,13 +5,13 @@ and router are not public; these choices are ours:
 
 - The pool: on every adapted weight (of routed experts: on each by itself) `sub_experts` LoRA experts of `lora.rank`.
 - The router: one choice a task and weight, not one an input, so that it can be read in the bundle. The pooled prompt
-  state e_t is the unit mean of the training prompts' unit embeddings, as in `mocl`. The task's key on a weight is Q
-  (K, D), and sub-expert j matches by Q_j e_t. Since e_t is one vector, all that training can change of Q is Q e_t:
-  these K numbers are what is trained and kept. They start at the largest cosine of e_t with e_i of an earlier task i
-  that chose j, or at `novelty` where nobody has (ties are broken by seed), so that related tasks meet in the same
-  sub-experts. The `top_k` best speak, weighed by a softmax over them times their number.
+  state e_t is that of the training prompts (experts/prompt_state.py). The task's key on a weight is Q (K, D), and
+  sub-expert j matches by Q_j e_t. Since e_t is one vector, all that training can change of Q is Q e_t: these K numbers
+  are what is trained and kept. They start at the largest nearness of the prompts to those of an earlier task that chose
+  j, or at `novelty` where nobody has (ties are broken by seed), so that related tasks meet in the same sub-experts. The
+  `top_k` best speak, weighed by a softmax over them times their number.
 - The mask: scores start uniform in [0, 0.01); the top `density` of every chosen sub-expert's A and of its B are used,
-  straight through. Parameters in the mask of an earlier task start ahead by `head_start` * 0.01 * the cosine.
+  straight through. Parameters in the mask of an earlier task start ahead by `head_start` * 0.01 * the nearness.
 - What is claimed is read from the bank, in training too: the parameter in that place gets no gradient and is never
   published, so neither moments nor weight decay can touch it.
 - The bank: a task's file holds its masks as bits and the values of what it claimed first (experts/claims.py). A bundle
@@ -27,15 +27,14 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from pipeline.config import Section
 from pipeline.experts.attach import ExpertPlan, pairs_of
 from pipeline.experts.claims import SIDES, Claim, claim_tensors, masked_values, read_claim, tensor_bytes
 from pipeline.experts.lora import SCORE_SPREAD, LoraOptions, initial_value
+from pipeline.experts.prompt_state import nearness, prompt_state
 from pipeline.experts.sub_experts import Claims, SubExperts, choose, keep_mask, taken
-from pipeline.methods.mocl import task_vector
 from pipeline.methods.protocol import Increment, Packed, PlainLora, RetentionOptions, Study, Tensors, past_of
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import experts_of, own_value, whole_over_experts
@@ -50,7 +49,7 @@ class Options(Section):
     top_k: int = Field(2, ge=1)  # of them a task chooses
     density: float = Field(0.25, gt=0, le=1)  # share of a chosen sub-expert's parameters that a task uses
     head_start: float = Field(0.5, ge=0)  # of parameters that a task with the same prompts uses, in spreads of scores
-    novelty: float = 0.5  # cosine from which a sub-expert of earlier tasks is preferred to an unused one
+    novelty: float = 0.5  # nearness from which a sub-expert of earlier tasks is preferred to an unused one
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -79,7 +78,7 @@ class MoSEs(PlainLora):
         return tuple(task for task in increment.order if increment.states.get(task))
 
     def past(self, increment: Increment, study: Study) -> list[tuple[str, float]]:
-        """Every file that a bundle of the champion reads, with the cosine of its task's prompts and the new ones'."""
+        """Every file that a bundle of the champion reads, with how near its task's prompts are to the new ones."""
         self._seed = f"{increment.seed}/{increment.number}"
         found: dict[str, float] = {}
         for task in increment.order:
@@ -87,13 +86,13 @@ class MoSEs(PlainLora):
             found.setdefault(increment.bundles[task]["adapter"], 0.0)
         if not found:
             return []
-        own = task_vector(study.prompt_vectors())
+        own = prompt_state(study.prompt_vectors())
         for task, state in increment.state_tensors.items():
-            found[increment.bundles[task]["adapter"]] = float(F.cosine_similarity(state["task_vector"], own, dim=0))
+            found[increment.bundles[task]["adapter"]] = nearness(state, own)
         return list(found.items())
 
     def learned(self, study: Study) -> Tensors:
-        return {"task_vector": task_vector(study.prompt_vectors())}
+        return prompt_state(study.prompt_vectors())
 
     def learn_beside(self, learner: Learner, past: Sequence[tuple[TensorFile, float]]) -> None:
         """Mark what earlier files claim, and give what similar tasks used a head start."""

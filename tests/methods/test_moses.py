@@ -86,9 +86,9 @@ class Stream:
 
 
 def prompts_like(*directions: float, seed: int = 0) -> torch.Tensor:
-    """Prompt vectors around a direction."""
+    """Prompt vectors around a point."""
     draw = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return torch.tensor([*directions, *[0.0] * (WIDTH - len(directions))]) + 0.01 * draw
+    return 5 * torch.tensor([*directions, *[0.0] * (WIDTH - len(directions))]) + draw
 
 
 ALIKE, OTHER = (1.0,), (0.0, 1.0)
