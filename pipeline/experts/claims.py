@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data_contracts.errors import UserError
-from pipeline.experts.sub_experts import SparsePair, num_kept
+from pipeline.experts.sub_experts import SparsePair
 from pipeline.tensor_files import Experts, TensorFile
 
 SIDES = ("A", "B")
@@ -58,18 +58,22 @@ def claim_tensors(
 
 
 def read_claim(source: TensorFile, path: str, side: str, pair: SparsePair, experts: Experts) -> Claim:
-    """What a bank file says of one factor of a pair."""
-    pool = pair.sub_experts
-    size = pair.shapes[SIDES.index(side)][-1]
+    """What a bank file says of one factor of a pair. Raises UserError where the pair has too few sub-experts for it."""
+    number, size = pair.sub_experts.number, pair.shapes[SIDES.index(side)][-1]
     chosen = source.read(f"{path}.chosen", experts).long()
+    if (highest := int(chosen.max())) >= number:
+        raise UserError(
+            f"method.sub_experts is {number}, but an earlier task chose number {highest + 1} of {path}; set it back: "
+            "the pool may grow, not shrink"
+        )
     mask = unpack_bits(source.read(f"{path}.{side}.mask", experts), size)
-    every = unpack_bits(source.read(f"{path}.{side}.new"), num_kept(size, pool.density))
+    every = unpack_bits(source.read(f"{path}.{side}.new"), int(mask.sum(dim=-1).flatten()[0]))
     own = every if experts is None else every[slice(*experts)]
     start = 0 if experts is None else int(every[: experts[0]].sum())
     values = source.read(f"{path}.{side}.values", (start, start + int(own.sum())))
     new = torch.zeros_like(mask)
     new[mask] = own.flatten()
-    whole = (*mask.shape[:-2], pool.number, size)
+    whole = (*mask.shape[:-2], number, size)
     where = chosen.unsqueeze(-1).expand(mask.shape)
     mask, new = (torch.zeros(whole, dtype=torch.bool).scatter_(-2, where, part) for part in (mask, new))
     return Claim(mask, new, values, int(every.sum()))

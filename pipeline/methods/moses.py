@@ -5,20 +5,20 @@ and router are not public; these choices are ours:
 
 - The pool: on every adapted weight (of routed experts: on each by itself) `sub_experts` LoRA experts of `lora.rank`.
 - The router: one choice a task and weight, not one an input, so that it can be read in the bundle. The pooled prompt
-  state e_t is the unit mean of the training prompts' unit embeddings, as in `mocl`. The task's key on a weight is Q
-  (K, D), and sub-expert j matches by Q_j e_t. Since e_t is one vector, all that training can change of Q is Q e_t:
-  these K numbers are what is trained and kept. They start at the largest cosine of e_t with e_i of an earlier task i
-  that chose j, or at `novelty` where nobody has (ties are broken by seed), so that related tasks meet in the same
-  sub-experts. The `top_k` best speak, weighed by a softmax over them times their number.
+  state e_t is that of the training prompts (experts/prompt_state.py). The task's key on a weight is Q (K, D), and
+  sub-expert j matches by Q_j e_t. Since e_t is one vector, all that training can change of Q is Q e_t: these K numbers
+  are what is trained and kept. They start at the largest nearness of the prompts to those of an earlier task that chose
+  j, or at `novelty` where nobody has (ties are broken by seed), so that related tasks meet in the same sub-experts. The
+  `top_k` best speak, weighed by a softmax over them times their number.
 - The mask: scores start uniform in [0, 0.01); the top `density` of every chosen sub-expert's A and of its B are used,
-  straight through. Parameters in the mask of an earlier task start ahead by `head_start` * 0.01 * the cosine.
+  straight through. Parameters in the mask of an earlier task start ahead by `head_start` * 0.01 * the nearness.
 - What is claimed is read from the bank, in training too: the parameter in that place gets no gradient and is never
   published, so neither moments nor weight decay can touch it.
 - The bank: a task's file holds its masks as bits and the values of what it claimed first (experts/claims.py). A bundle
   names the task's file and those of the tasks whose values it reads. So a task costs bits where it reuses, values
   where it is new; a start reads the files of all tasks.
-- The pool does not grow: when a sub-expert is full, tasks can only choose and mask what is there. Weights that only a
-  bundle nobody is served with any more had claimed are free again.
+- When a sub-expert is full, tasks can only choose and mask what is there; `sub_experts` may be raised for later tasks,
+  and so may `top_k` and `density` change. Parameters that only a bundle out of service had claimed are free again.
 
 Account of an increment: parameters of the pool, claimed by now, in the mask, of these reused; bytes of its file.
 """
@@ -27,19 +27,18 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from pipeline.config import Section
 from pipeline.experts.attach import ExpertPlan, pairs_of
 from pipeline.experts.claims import SIDES, Claim, claim_tensors, masked_values, read_claim, tensor_bytes
 from pipeline.experts.lora import SCORE_SPREAD, LoraOptions, initial_value
-from pipeline.experts.sub_experts import Claims, SparsePair, SubExperts, choose, keep_mask, taken
-from pipeline.methods.mocl import task_vector
+from pipeline.experts.prompt_state import nearness, prompt_state
+from pipeline.experts.sub_experts import Claims, SubExperts, choose, keep_mask, taken
 from pipeline.methods.protocol import Increment, Packed, PlainLora, RetentionOptions, Study, Tensors, past_of
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import experts_of, own_value, whole_over_experts
-from pipeline.tensor_files import Experts, TensorFile
+from pipeline.tensor_files import TensorFile
 
 
 class Options(Section):
@@ -50,7 +49,7 @@ class Options(Section):
     top_k: int = Field(2, ge=1)  # of them a task chooses
     density: float = Field(0.25, gt=0, le=1)  # share of a chosen sub-expert's parameters that a task uses
     head_start: float = Field(0.5, ge=0)  # of parameters that a task with the same prompts uses, in spreads of scores
-    novelty: float = 0.5  # cosine from which a sub-expert of earlier tasks is preferred to an unused one
+    novelty: float = 0.5  # nearness from which a sub-expert of earlier tasks is preferred to an unused one
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -79,7 +78,7 @@ class MoSEs(PlainLora):
         return tuple(task for task in increment.order if increment.states.get(task))
 
     def past(self, increment: Increment, study: Study) -> list[tuple[str, float]]:
-        """Every file that a bundle of the champion reads, with the cosine of its task's prompts and the new ones'."""
+        """Every file that a bundle of the champion reads, with how near its task's prompts are to the new ones."""
         self._seed = f"{increment.seed}/{increment.number}"
         found: dict[str, float] = {}
         for task in increment.order:
@@ -87,28 +86,26 @@ class MoSEs(PlainLora):
             found.setdefault(increment.bundles[task]["adapter"], 0.0)
         if not found:
             return []
-        own = task_vector(study.prompt_vectors())
+        own = prompt_state(study.prompt_vectors())
         for task, state in increment.state_tensors.items():
-            found[increment.bundles[task]["adapter"]] = float(F.cosine_similarity(state["task_vector"], own, dim=0))
+            found[increment.bundles[task]["adapter"]] = nearness(state, own)
         return list(found.items())
 
     def learned(self, study: Study) -> Tensors:
-        return {"task_vector": task_vector(study.prompt_vectors())}
+        return prompt_state(study.prompt_vectors())
 
     def learn_beside(self, learner: Learner, past: Sequence[tuple[TensorFile, float]]) -> None:
         """Mark what earlier files claim, and give what similar tasks used a head start."""
         self._claimed = 0
+        device = learner.world.device
         for path, pair in pairs_of(learner.experts)["adapter"].items():
-            experts = experts_of(pair.lora_A)
-            pair.served = None
-            device = learner.world.device
-            pair.prior = self._prior(pair, path, past, experts).to(device)
-            pair.claims = tuple(
-                self._claims(shape, [(read_claim(f, path, side, pair, experts), near) for f, near in past]).to(
-                    device, pair.lora_A.dtype
-                )
-                for side, shape in zip(SIDES, pair.shapes, strict=True)
-            )
+            experts, claims = experts_of(pair.lora_A), []
+            for side, shape in zip(SIDES, pair.shapes, strict=True):
+                read = [(read_claim(file, path, side, pair, experts), near) for file, near in past]
+                claims.append(self._claims(shape, read).to(device, pair.lora_A.dtype))
+            pair.served, pair.claims = None, tuple(claims)
+            noise = initial_value(f"{path}.score_match", (*shape[:-1], 1), self._seed, experts[0] if experts else 0)
+            pair.prior = (self._prior(read, shape) + noise).to(device)
 
     def _claims(self, shape: torch.Size, past: Sequence[tuple[Claim, float]]) -> Claims:
         """What the files claim of the blocks (..., K, N) of one factor."""
@@ -121,17 +118,13 @@ class MoSEs(PlainLora):
             self._claimed += claim.claimed
         return Claims(owner, value, head * (self.options.head_start * SCORE_SPREAD))
 
-    def _prior(
-        self, pair: SparsePair, path: str, past: Sequence[tuple[TensorFile, float]], experts: Experts
-    ) -> torch.Tensor:
-        """What the matches of the sub-experts start from, (..., K, 1)."""
-        shape = (*pair.shapes[0][:-1], 1)
-        best = torch.full(shape, -torch.inf)
-        for file, near in past:
-            chosen = file.read(f"{path}.chosen", experts).long().unsqueeze(-1)
-            best = torch.maximum(best, torch.full(shape, -torch.inf).scatter_(-2, chosen, near))
-        noise = initial_value(f"{path}.score_match", shape, self._seed, experts[0] if experts else 0)
-        return torch.where(best.isinf(), self.options.novelty, best) + noise
+    def _prior(self, past: Sequence[tuple[Claim, float]], shape: torch.Size) -> torch.Tensor:
+        """What the matches of the sub-experts start from, (..., K, 1); a mask holds some of every chosen one."""
+        best = torch.full((*shape[:-1], 1), -torch.inf)
+        for claim, near in past:
+            chosen = claim.mask.any(dim=-1, keepdim=True)
+            best = torch.where(chosen, best.clamp(min=near), best)
+        return torch.where(best.isinf(), self.options.novelty, best)
 
     @torch.no_grad()
     def pack(self, learner: Learner) -> Packed:

@@ -122,14 +122,14 @@ def bank_growth(architecture: Architecture, trainable: Trainable) -> dict[str, i
 
     Every increment publishes a new version of each component of the serving bundle; `state` holds the task's prototype
     (mean and variance, (L, D) each) and its row of the discriminator ((L, D) and (L,)), of `ewc` the Fisher information
-    of every trained element, of `mocl` and `moses` the task's vector (D,). Of `moses` it is what the first task adds,
-    and the most that one can.
+    of every trained element, of `mocl` and `moses` the prompts' mean and variance. Of `moses` it is what the first task
+    adds, and the most that one can.
     """
     if trainable.method.name == "moses":
         parts = _projections(architecture, None)
         adapted = [part for part in parts if _matches(part.path, trainable.method.targets, set())]
         claims = sum(part.claim_bytes(trainable.method) for part in adapted)
-        return {"adapter": claims, "state": 4 * architecture.hidden_size}
+        return {"adapter": claims, "state": 8 * architecture.hidden_size}
     growth: dict[str, int] = {}
     for tensor in trainable.tensors:
         if tensor.component != "discriminator":
@@ -139,7 +139,7 @@ def bank_growth(architecture: Architecture, trainable: Trainable) -> dict[str, i
     if trainable.method.name == "ewc":
         growth["state"] = 4 * trainable.parameters
     if trainable.method.name == "mocl":
-        growth["state"] = 4 * architecture.hidden_size
+        growth["state"] = 8 * architecture.hidden_size
     return growth
 
 

@@ -86,9 +86,9 @@ class Stream:
 
 
 def prompts_like(*directions: float, seed: int = 0) -> torch.Tensor:
-    """Prompt vectors around a direction."""
+    """Prompt vectors around a point."""
     draw = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return torch.tensor([*directions, *[0.0] * (WIDTH - len(directions))]) + 0.01 * draw
+    return 5 * torch.tensor([*directions, *[0.0] * (WIDTH - len(directions))]) + draw
 
 
 ALIKE, OTHER = (1.0,), (0.0, 1.0)
@@ -312,6 +312,25 @@ def test_related_tasks_choose_the_same_sub_experts(monkeypatch):
     for path in stream.pairs:
         chosen = [file[f"{path}.chosen"].tolist() for file in (one, two, three)]
         assert chosen[0] == chosen[2] and sorted(chosen[0] + chosen[1]) == [0, 1, 2, 3]
+
+
+def test_the_pool_may_grow_and_masks_change_their_density_but_it_may_not_shrink(monkeypatch):
+    small = Stream("llama", OPTIONS, monkeypatch)
+    small.learn("one", prompts_like(*ALIKE), steps=2)
+    before = small.logits("one")
+
+    def next_run(**changes) -> Stream:
+        stream = Stream("llama", OPTIONS.model_copy(update=changes), monkeypatch)
+        stream.files, stream.bundles, stream.states = dict(small.files), dict(small.bundles), dict(small.states)
+        stream.accounts = list(small.accounts)
+        return stream
+
+    large = next_run(sub_experts=5, top_k=3, density=0.4)
+    large.learn("two", prompts_like(*ALIKE), steps=2)
+    assert large.logits("one").equal(before) and not large.logits("two").equal(before)
+    assert large.accounts[1]["mask_reused"] > 0
+    with pytest.raises(UserError, match="the pool may grow, not shrink"):
+        next_run(sub_experts=1, top_k=1).learn("two", prompts_like(*ALIKE))
 
 
 def test_more_choices_than_sub_experts_are_refused():

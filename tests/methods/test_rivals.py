@@ -1,14 +1,13 @@
 """The rivals' arithmetic against formulas written out by hand, and what each starts from, keeps and moves."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from pipeline.config import TrainingConfig, method_module
 from pipeline.data.mixing import plain_batches, rehearsal_batches
-from pipeline.methods import ewc, mocl, olora
+from pipeline.experts.prompt_state import nearness, prompt_state
+from pipeline.methods import ewc, olora
 from pipeline.methods.protocol import Increment, past_of
 from pipeline.placement.state import Whole
 from pipeline.training.study import RowStudy, answer_loss, spread
@@ -268,32 +267,41 @@ def some_expert(learner, seed: int) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- mocl
 
 
-def test_the_task_vector_maximises_the_sum_of_cosine_similarities():
-    torch.manual_seed(3)
-    prompts = torch.randn(9, 6).double() * torch.rand(9, 1).double() + 0.3
-    found = mocl.task_vector(prompts)
-
-    def total(vector):
-        return sum(
-            float((prompt @ vector) / math.sqrt(float(prompt @ prompt)) / math.sqrt(float(vector @ vector)))
-            for prompt in prompts
-        )
-
-    assert all(total(found) > total(found + 0.05 * torch.randn(6).double()) for _ in range(200))
+def test_nearness_is_one_over_one_plus_the_mean_squared_distance_in_standard_deviations():
+    one = prompt_state(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+    assert one["prompt_mean"].tolist() == [1.0, 3.0] and one["prompt_variance"].tolist() == [1.0, 4.0]
+    other = prompt_state(torch.tensor([[2.0, 3.0], [4.0, 3.0]]))  # means 3 and 3, variances 1 and 0
+    # (2^2 / 1 + 0) / 2 = 2
+    assert nearness(one, other) == nearness(other, one) == pytest.approx(1 / 3)
+    assert nearness(one, one) == 1.0
+    single = prompt_state(torch.tensor([[1.0, 1.0]]))  # one prompt has no spread
+    assert nearness(single, single) == 1.0 and nearness(single, prompt_state(torch.tensor([[1.0, 2.0]]))) < 1e-6
 
 
-def test_mocl_weighs_earlier_experts_by_the_cosine_of_their_tasks_vectors():
-    prompts = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.5, 0.0]])  # unit vectors (1, 0, 0), (0, 1, 0): e = (1, 1, 0) / 2
-    vectors = {"a": [0.0, 2.0, 0.0], "b": [-1.0, 0.5, 0.0], "c": [5.0, 5.0, 0.0], "d": [1.0, 0.0, 1.0]}
-    bundles = {task: {"adapter": f"x-{task}"} for task in vectors}
-    states = {task: {"task_vector": torch.tensor(vector)} for task, vector in vectors.items()}
-    where = increment("e", bundles=bundles, states={t: {"state": t} for t in vectors}, order=tuple(vectors))
+def test_prompts_of_one_kind_are_near_and_of_another_far_whatever_they_share():
+    draw = torch.Generator().manual_seed(0)
+
+    def prompts(shift: float) -> torch.Tensor:
+        return 20 + torch.tensor([shift, 0, 0, 0]) + torch.randn(100, 4, generator=draw)
+
+    same, other = prompts(0), prompts(6)
+    states = [prompt_state(vectors) for vectors in (prompts(0), same, other)]
+    assert nearness(states[0], states[1]) > 0.9 > 0.2 > nearness(states[0], states[2])
+
+
+def test_mocl_weighs_earlier_experts_by_the_nearness_of_their_tasks_prompts():
+    prompts = torch.tensor([[0.0, 1.0], [2.0, 5.0]])  # means 1 and 3, variances 1 and 4
+    variance = torch.tensor([1.0, 4.0])
+    means = {"a": [1.0, 3.0], "b": [2.0, 3.0], "c": [1.0, 9.0]}  # squared distances 0, 1 / 2, 9 / 2
+    bundles = {task: {"adapter": f"x-{task}"} for task in means}
+    states = {t: {"prompt_mean": torch.tensor(mean), "prompt_variance": variance} for t, mean in means.items()}
+    where = increment("e", bundles=bundles, states={t: {"state": t} for t in means}, order=tuple(means))
     method, study = built("mocl"), Study(prompts=prompts)
-    assert method.states_needed(where) == tuple(vectors)
+    assert method.states_needed(where) == tuple(means)
     past = method.past(where.with_states(states), study)
-    assert [digest for digest, _ in past] == ["x-a", "x-c", "x-d"]  # b points away
-    assert [weight for _, weight in past] == pytest.approx([math.sqrt(0.5), 1.0, 0.5], rel=1e-6)
-    assert method.learned(study)["task_vector"].tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5), 0.0])
+    assert [digest for digest, _ in past] == ["x-a", "x-b", "x-c"]
+    assert [weight for _, weight in past] == pytest.approx([1.0, 2 / 3, 2 / 11])
+    assert method.learned(study)["prompt_mean"].tolist() == [1.0, 3.0]
     assert method.past(increment(**FIRST), study) == [] and method.start(where) == {"adapter": None}
     assert method.retention.policy == "pin" and method.moved({"adapter": "x1"}, {"adapter": "x3"}) is None
 
