@@ -70,6 +70,8 @@ def check_start_from(config: StreamConfig, method: Method) -> None:
     model, family = skeleton(config.backbone)
     parameters = components_of(attach_experts(model, family, method.plan))[role]
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if not all(name.endswith((".lora_A", ".lora_B")) for name in shapes):
+        raise UserError(f"start_from: an expert of method {name} is more than LoRA pairs; choose another method")
     for task in config.start_from:
         start_tensors(config, method, task, shapes)
 
