@@ -88,9 +88,9 @@ class RouterConfig(Section):
     It reads the raw text through the frozen first layers of the backbone. Every increment keeps features^2 numbers.
     """
 
-    layers: int = Field(8, ge=1)  # decoder layers that read the text
+    layers: int = Field(4, ge=1)  # decoder layers that read the text
     features: int = Field(2000, ge=1)  # random ReLU features; 2000 keep 32 MB
-    regularisation: float = Field(30.0, gt=0)  # of the ridge regression
+    regularisation: float = Field(10.0, gt=0)  # of the ridge regression
     max_tokens: int = Field(256, ge=1)  # of a text that are read
     rows: int | None = Field(5000, ge=1)  # most training rows of a task that are read, drawn by seed; null takes all
     seed: int = Field(17, ge=0, lt=2**31)  # of the random features

@@ -118,18 +118,28 @@ def export(found: Published, to: str, form: str, base_model: str | None = None) 
 def peft_files(found: Published, base_model: str) -> dict[str, bytes]:
     """A PEFT adapter folder's files. Raises UserError for a bundle that no single LoRA can express."""
     pairs = one_lora(found)
-    if pairs is None:
+    if pairs is None and "gate" in found.own:
         raise UserError(
             f"task '{found.task}' is served with a {found.manifest.method} bundle ({', '.join(found.own)}), which no "
             "single LoRA expresses: its gate mixes the outputs of two experts, and neither is linear in the weights; "
             "PEFT has no form for it, export it with --format native"
         )
+    if pairs is None:
+        raise UserError(not_pairs(found))
     routed = FAMILIES[found.manifest.backbone.model_type].routed is not None
     config, tensors = to_peft(pairs, found.scaling, base_model, routed)
     return {
         CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         TENSOR_FILE: save(tensors, metadata={METADATA_KEY: canonical_json(found.note())}),
     }
+
+
+def not_pairs(found: Published) -> str:
+    """Why a bundle has neither form."""
+    return (
+        f"task '{found.task}' is served with a {found.manifest.method} bundle, whose files hold more than LoRA pairs; "
+        "it can be served here alone, with jobs/predict.py"
+    )
 
 
 def one_lora(found: Published) -> Pairs | None:
@@ -155,6 +165,8 @@ def native_files(found: Published) -> dict[str, bytes]:
             f"task '{found.task}' is served with the sum of several LoRA experts; export it with --format peft, which "
             "makes them one, exactly"
         )
+    if any(not pairs_in(found.bank.get(sha)) for component, sha in found.own.items() if component != "gate"):
+        raise UserError(not_pairs(found))
     files = {}
     for component, sha in found.bundle.items():
         found.bank.verify(sha)

@@ -159,7 +159,7 @@ def from_peft(
         if any(name not in left for name in names):
             return None
         pair = tuple(left.pop(name).float() for name in names)
-        if any(tensor.dim() != 2 or not torch.isfinite(tensor).all() for tensor in pair):
+        if any(tensor.dim() != 2 or not tensor.numel() or not torch.isfinite(tensor).all() for tensor in pair):
             raise UserError(f"the pair on {path} is not two matrices of finite numbers")
         return pair
 
@@ -240,8 +240,10 @@ def _scale(config: Mapping[str, Any], target: str, found: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _own(pattern: Mapping[str, Any], target: str, usual: Any) -> Any:
+def _own(pattern: Any, target: str, usual: Any) -> Any:
     """What a `rank_pattern` says of a target. Raises UserError for a regular expression but PEFT's own `.*\\.name`."""
+    if not isinstance(pattern, dict):
+        raise UserError(f"its pattern of ranks or alphas is {pattern!r}, and must be a mapping")
     for key, value in pattern.items():
         name = re.sub(r"\\(.)", r"\1", key.removeprefix(r".*\."))
         if not re.fullmatch(r"[\w.]+", name):

@@ -212,7 +212,7 @@ def from_adapter(job: Job, increment: Increment) -> dict[str, TensorFile]:
     def convert() -> None:
         tensors = start_tensors(job.config, job.method, task, shapes)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")  # the file itself may be open already
         write_tensors(temporary, shapes, sorted(tensors.items()), None)
         os.replace(temporary, path)
         print(f"  {role} expert starts from {job.config.start_from[task]}", flush=True)

@@ -4,6 +4,7 @@ Nothing but `adapter_config.json` and `adapter_model.safetensors` is read: no pi
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / CONFIG_FILE} cannot be read ({error}); name a PEFT adapter folder") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG_FILE} holds no JSON object; name a PEFT adapter folder")
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise UserError(f"{folder / CONFIG_FILE} is not PEFT's; name a PEFT adapter folder")
     path = folder / TENSOR_FILE
     if not path.is_file():
         pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "pkl") for file in folder.glob(f"*.{suffix}"))
@@ -50,7 +51,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
             note = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); save the adapter again") from error
-    return AdapterFolder(config, tensors, note)
+    return AdapterFolder(config, tensors, note if isinstance(note, dict) else {})
 
 
 def started_role(plan: ExpertPlan) -> str:
@@ -69,6 +70,8 @@ def check_start_from(config: StreamConfig, method: Method) -> None:
     model, family = skeleton(config.backbone)
     parameters = components_of(attach_experts(model, family, method.plan))[role]
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if not all(name.endswith((".lora_A", ".lora_B")) for name in shapes):
+        raise UserError(f"start_from: an expert of method {name} is more than LoRA pairs; choose another method")
     for task in config.start_from:
         start_tensors(config, method, task, shapes)
 
@@ -118,7 +121,7 @@ def check_base(adapter: AdapterFolder, backbone: str) -> None:
     """
     base = adapter.config.get("base_model_name_or_path")
     digest = adapter.note.get("backbone")
-    if digest is None and base and (Path(base) / "config.json").is_file():
+    if digest is None and base and os.path.isfile(os.path.join(base, "config.json")):
         digest = backbone_digest(base)
     if digest is not None:
         if digest != backbone_digest(backbone):

@@ -23,6 +23,7 @@ MODELS = {
     "llama": lambda: tiny_llama(VOCABULARY, num_layers=2),
     "mixtral": lambda: tiny_moe("mixtral", VOCABULARY),
     "hunyuan_v1_moe": lambda: tiny_moe("hunyuan_v1_moe", VOCABULARY),  # with always-on experts
+    "hy_v3": lambda: tiny_moe("hy_v3", VOCABULARY),  # with both
     "qwen3_moe": lambda: tiny_moe("qwen3_moe", VOCABULARY),  # with a dense layer
 }
 INPUT = torch.randint(2, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(5))
