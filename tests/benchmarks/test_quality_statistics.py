@@ -77,11 +77,11 @@ def test_the_bootstrap_agrees_with_a_loop_over_draws():
 
 
 def test_units_with_the_same_rows_get_the_same_draw():
-    values = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-    alone = statistics.bootstrap([(17, {"one": values})], draws=500)
+    values = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0] * 20)
+    alone = statistics.bootstrap([(17, {"one": values})], draws=2000)
     # two orders with the same rows and the same differences say no more than one; other rows would
-    assert statistics.bootstrap([(17, {"one": values})] * 2, draws=500) == alone
-    apart = statistics.bootstrap([(17, {"one": values}), (18, {"one": values})], draws=500)
+    assert statistics.bootstrap([(17, {"one": values})] * 2, draws=2000) == alone
+    apart = statistics.bootstrap([(17, {"one": values}), (18, {"one": values})], draws=2000)
     assert apart.high - apart.low < alone.high - alone.low
 
 

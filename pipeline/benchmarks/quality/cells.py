@@ -16,6 +16,7 @@ from pipeline.benchmarks.quality.suites import SUITES, contract_of
 from pipeline.files import canonical_json, sha256_text, write_atomic
 
 FORMAT = 1
+_DECIDING = ("prompt", "labels", "metric", "answer_match", "limits")  # fields of a contract
 ANY_ORDER = "any"
 DEFAULT_RATE = 5e-4  # where nothing was chosen
 CHOSEN = "chosen.json"  # in the suite's folder: the learning rates that validation chose
@@ -82,7 +83,7 @@ class Cell:
             "max_tokens": self.max_tokens,
             "backbone": self.backbone,
             "contracts": {
-                name: {key: contract[key] for key in ("prompt", "labels", "metric", "limits")}
+                name: {key: contract[key] for key in _DECIDING if key in contract}
                 for name, contract in self.contracts().items()
             },
             "data": {folder: self.samples[folder].digest for folder in self.tasks},
