@@ -107,7 +107,7 @@ SUITES: dict[str, Suite] = {
                 "Summary:",
                 kind="generation",
                 metric="rouge_l",
-                max_answer_tokens=96,
+                max_answer_tokens=192,
             ),
             # TRACE scores the letter alone, so the reasons after it are neither learned nor generated
             Task(
@@ -124,7 +124,7 @@ SUITES: dict[str, Suite] = {
                 kind="generation",
                 metric="sari",
                 language="de",
-                max_answer_tokens=160,
+                max_answer_tokens=224,
             ),
         ],
         {"O1": "C-STANCE FOMC MeetingBank ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten"},  # TRACE's own
