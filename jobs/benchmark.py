@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from data_contracts.errors import UserError
-from pipeline.benchmarks.quality.options import SUITES, QualityOptions
+from pipeline.benchmarks.quality.options import add_quality
 from pipeline.benchmarks.scale.options import ScaleOptions
 from pipeline.benchmarks.speed.options import CASES, SpeedOptions
 
@@ -74,53 +74,6 @@ def add_scale(scale: argparse.ArgumentParser) -> None:
     add("--no-mlflow", dest="mlflow", action="store_false", help="do not record the increments in MLflow")
     for name in ("increments", "earlier_tasks", "rows", "batch_size", "width", "layers", "rank"):
         add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help="(%(default)s)")
-
-
-def add_quality(quality: argparse.ArgumentParser) -> None:
-    """The options of `quality`."""
-    quality.set_defaults(run=quality_benchmark)
-    add, default = quality.add_argument, {field.name: field.default for field in fields(QualityOptions)}
-    add("--suite", required=True, choices=SUITES, help="which tasks in which orders")
-    add("--data", required=True, metavar="FOLDER", help="folder with one folder a task of the suite")
-    add("--backbone", required=True, metavar="B", help="folder of a backbone")
-    add("--out", required=True, metavar="DIR", help="results; a finished cell stands in DIR/SUITE and is not run again")
-    add("--methods", nargs="+", default=(), metavar="NAME", help="of methods.yaml beside the benchmark (default: all)")
-    add("--orders", nargs="+", default=(), metavar="ORDER", help="orders of the tasks (default: all of the suite's)")
-    add("--seeds", nargs="+", type=int, default=default["seeds"], metavar="N", help="of sampling and of training")
-    add("--max-tokens", type=int, metavar="N", help="of a row; longer ones are cut (default: the suite's)")
-    add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
-    add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
-    add("--threads", type=int, metavar="N", help="of each rank (default: the cores shared out)")
-    add("--work-dir", metavar="W", help="where running cells have their files (default: a fixed temporary folder)")
-    add("--choose", action="store_true", help="choose each method's learning rate by validation on the first order")
-    rates = default["learning_rates"]
-    add(
-        "--learning-rates",
-        nargs="+",
-        type=float,
-        default=rates,
-        metavar="LR",
-        help="for --choose (%(default)s)",
-    )
-    add("--report-only", action="store_true", help="run nothing; make table and pictures from the finished cells")
-    for name, text in (
-        ("train_rows", "training rows of a task"),
-        ("validation_rows", "validation rows of a task"),
-        ("test_rows", "test rows of a task after the last task of a stream"),
-        ("test_rows_stream", "of these, scored after every other task"),
-        ("epochs", "passes over a task's rows"),
-        ("batch_size", "rows of an optimizer step"),
-        ("ranks", "processes of a run; they share out the cores"),
-    ):
-        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help=f"{text} (%(default)s)")
-
-
-def quality_benchmark(given: argparse.Namespace) -> int:
-    """`quality`: run or continue, write, print."""
-    options = QualityOptions.of(vars(given))
-    from pipeline.benchmarks.quality.command import run_command
-
-    return run_command(options)
 
 
 def scale_benchmark(given: argparse.Namespace) -> int:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from data_contracts.errors import UserError
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.benchmarks.quality.sampling import Sample
 from pipeline.benchmarks.quality.suites import SUITES, contract_of
+from pipeline.config import describe, method_module
 from pipeline.files import canonical_json, sha256_text, write_atomic
 
 FORMAT = 1
@@ -31,6 +33,16 @@ class Setting:
     method: dict[str, Any]
     order_free: bool = False
     rate_of: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError where there is no such method, or it has no such options."""
+        options = {key: value for key, value in self.method.items() if key != "name"}
+        try:
+            method_module(self.method["name"]).Options.model_validate(options)
+        except ValidationError as error:
+            raise UserError(f"methods.yaml: {self.name}: {describe(error, 'method.')}") from None
+        except ValueError as error:
+            raise UserError(f"methods.yaml: {self.name}: {error}") from None
 
     @property
     def trains(self) -> bool:

@@ -1,5 +1,6 @@
 """What `jobs/benchmark.py quality` is asked to measure."""
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,3 +71,50 @@ class QualityOptions:
         """What all methods are given alike; cells of different budgets never share a table."""
         names = ("train_rows", "validation_rows", "test_rows", "test_rows_stream", "epochs", "batch_size", "max_tokens")
         return {name: getattr(self, name) for name in (*names, "dtype")}
+
+
+def add_quality(parser: argparse.ArgumentParser) -> None:
+    """The command line of `quality`; defaults are those of `QualityOptions`."""
+    parser.set_defaults(run=quality_benchmark)
+    add, default = parser.add_argument, {field.name: field.default for field in fields(QualityOptions)}
+    add("--suite", required=True, choices=SUITES, help="which tasks in which orders")
+    add("--data", required=True, metavar="FOLDER", help="folder with one folder a task of the suite")
+    add("--backbone", required=True, metavar="B", help="folder of a backbone")
+    add("--out", required=True, metavar="DIR", help="results; a finished cell stands in DIR/SUITE and is not run again")
+    add("--methods", nargs="+", default=(), metavar="NAME", help="of methods.yaml beside the benchmark (default: all)")
+    add("--orders", nargs="+", default=(), metavar="ORDER", help="orders of the tasks (default: all of the suite's)")
+    add("--seeds", nargs="+", type=int, default=default["seeds"], metavar="N", help="of sampling and of training")
+    add("--max-tokens", type=int, metavar="N", help="of a row; longer ones are cut (default: the suite's)")
+    add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
+    add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
+    add("--threads", type=int, metavar="N", help="of each rank (default: the cores shared out)")
+    add("--work-dir", metavar="W", help="where running cells have their files (default: a fixed temporary folder)")
+    add("--choose", action="store_true", help="choose each method's learning rate by validation on the first order")
+    rates = default["learning_rates"]
+    add(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=rates,
+        metavar="LR",
+        help="for --choose (%(default)s)",
+    )
+    add("--report-only", action="store_true", help="run nothing; make table and pictures from the finished cells")
+    for name, text in (
+        ("train_rows", "training rows of a task"),
+        ("validation_rows", "validation rows of a task"),
+        ("test_rows", "test rows of a task after the last task of a stream"),
+        ("test_rows_stream", "of these, scored after every other task"),
+        ("epochs", "passes over a task's rows"),
+        ("batch_size", "rows of an optimizer step"),
+        ("ranks", "processes of a run; they share out the cores"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help=f"{text} (%(default)s)")
+
+
+def quality_benchmark(given: argparse.Namespace) -> int:
+    """Run or continue, write, print; the exit code."""
+    options = QualityOptions.of(vars(given))
+    from pipeline.benchmarks.quality.command import run_command  # the imports cost seconds: arguments come first
+
+    return run_command(options)
