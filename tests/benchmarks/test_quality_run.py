@@ -209,7 +209,24 @@ def test_a_failed_launch_shows_the_end_of_its_log(tmp_path, backbone_dir, data):
     folder.mkdir(parents=True)
     with pytest.raises(RuntimeError, match="ended with 3:\nno such thing"):
         launch.launch(cell, folder, [str(script)], lambda _: None)
-    assert launch.total_seconds(folder) > 0
+    assert len(json.loads((folder / launch.LAUNCHES).read_text())) == 1, "its seconds count"
+
+
+def test_a_cell_that_fails_does_not_keep_the_others_from_running(tmp_path, backbone_dir, data, monkeypatch):
+    started = []
+
+    def finish(cell, say):
+        started.append(cell.setting.name)
+        if cell.setting.name == "per_task":
+            raise RuntimeError("no space left")
+        return {"R": [[1.0]], "R_validation": [[1.0]], "wall_seconds": 1.0}
+
+    monkeypatch.setattr(run, "finish", finish)
+    options = options_of(backbone_dir, data, tmp_path, methods=("per_task", "sequential"), orders=("O1",))
+    said: list[str] = []
+    assert command.run_command(options, said.append) == 1
+    assert started == ["per_task", "sequential"] and any("no space left" in line for line in said)
+    assert any("1 of 2 cells failed: per_task-any" in line for line in said)
 
 
 def test_the_chosen_rate_is_the_best_on_validation_and_later_runs_take_it(tmp_path, backbone_dir, data, monkeypatch):

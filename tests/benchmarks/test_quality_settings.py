@@ -9,11 +9,10 @@ import pytest
 
 from data_contracts import TaskContract
 from data_contracts.errors import UserError
-from pipeline.benchmarks.quality.cells import Cell, read_cell, settings_of, write_cell
+from pipeline.benchmarks.quality.cells import Cell, Setting, read_cell, settings_of, write_cell
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.benchmarks.quality.sampling import ROW_FORMS, draw, sample_task
 from pipeline.benchmarks.quality.suites import SUITES, Task, contract_of
-from pipeline.config import method_module
 
 
 def rows_of(counts: dict[str, int]) -> list[dict[str, str]]:
@@ -29,8 +28,7 @@ def options_of(**changes) -> QualityOptions:
 
 @pytest.mark.parametrize("setting", settings_of(), ids=lambda setting: setting.name)
 def test_every_setting_is_a_method_with_options_it_knows(setting):
-    options = {key: value for key, value in setting.method.items() if key != "name"}
-    method_module(setting.method["name"]).Options.model_validate(options)
+    setting.check()
     assert setting.rate_of in (None, *(other.name for other in settings_of() if not other.rate_of))
 
 
@@ -140,6 +138,13 @@ def test_a_cells_file_is_stable_json_and_another_file_is_refused(tmp_path):
 def test_options_that_cannot_be_measured_are_refused(changes, told):
     with pytest.raises(UserError, match=told):
         options_of(**changes)
+
+
+def test_a_setting_that_no_method_understands_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match=r"odd: unknown key 'method\.share'"):
+        Setting("odd", {"name": "sequential", "share": 1}).check()
+    with pytest.raises(UserError, match=r"odd: method\.name is 'magic'"):
+        Setting("odd", {"name": "magic"}).check()
 
 
 def test_a_method_that_is_not_in_the_table_is_named():

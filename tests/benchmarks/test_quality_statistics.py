@@ -17,6 +17,7 @@ PER_TASK = cell("per_task", "any", answers=[{"one": "00"}, {"one": "0101", "two"
 
 def test_rows_of_R_are_compared_on_the_rows_that_both_measured():
     assert statistics.paired_matrix(cell("moe_cl")) == [[1.0, None], [0.5, 0.5]]
+    assert statistics.whole_matrix(cell("moe_cl")) == [[1.0, 0.5], [0.5, 0.5]]  # `two` before it was learned
 
 
 def test_figures_of_a_cell_are_those_worked_out_by_hand():
@@ -77,11 +78,11 @@ def test_the_bootstrap_agrees_with_a_loop_over_draws():
 
 
 def test_units_with_the_same_rows_get_the_same_draw():
-    values = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-    alone = statistics.bootstrap([(17, {"one": values})], draws=500)
+    values = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0] * 20)
+    alone = statistics.bootstrap([(17, {"one": values})], draws=2000)
     # two orders with the same rows and the same differences say no more than one; other rows would
-    assert statistics.bootstrap([(17, {"one": values})] * 2, draws=500) == alone
-    apart = statistics.bootstrap([(17, {"one": values}), (18, {"one": values})], draws=500)
+    assert statistics.bootstrap([(17, {"one": values})] * 2, draws=2000) == alone
+    apart = statistics.bootstrap([(17, {"one": values}), (18, {"one": values})], draws=2000)
     assert apart.high - apart.low < alone.high - alone.low
 
 
@@ -102,13 +103,14 @@ def test_the_table_shows_means_with_least_and_most_over_orders():
     assert shown[-3:] == ["1,000", "8.0", "100"]
 
 
-def test_a_method_without_an_order_stands_against_every_order():
+def test_a_method_without_an_order_stands_against_the_first_and_against_every_order():
     records = [PER_TASK, cell("moe_cl"), cell("moe_cl", "O2"), cell("sequential", "O1"), cell("replay_10", "O3")]
     lines = [[part.strip() for part in line.strip("|").split("|")] for line in difference_table(records).splitlines()]
     # moe_cl is right on 3 of 4 and 2 of 4 rows, per_task on all: ((0.75 - 1) + (0.5 - 1)) / 2
-    assert lines[2][:4] == ["per_task", "O1 O2", "8", "-37.50"]
-    assert lines[3] == ["sequential", "O1", "8", "+0.00", "+0.00 to +0.00"]
-    assert len(lines) == 4, "no order in common with replay_10"
+    assert lines[2][:4] == ["per_task", "O1", "8", "-37.50"]
+    assert lines[3][:4] == ["per_task", "O1 O2", "8", "-37.50"]
+    assert lines[4] == ["sequential", "O1", "8", "+0.00", "+0.00 to +0.00"]
+    assert len(lines) == 5, "no order in common with replay_10"
 
 
 def test_a_report_says_what_was_measured_before_any_number():

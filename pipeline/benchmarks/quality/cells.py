@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from data_contracts.errors import UserError
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.benchmarks.quality.sampling import Sample
 from pipeline.benchmarks.quality.suites import SUITES, contract_of
+from pipeline.config import describe, method_module
 from pipeline.files import canonical_json, sha256_text, write_atomic
 
 FORMAT = 1
+_DECIDING = ("prompt", "labels", "metric", "answer_match", "limits")  # fields of a contract
 ANY_ORDER = "any"
 DEFAULT_RATE = 5e-4  # where nothing was chosen
 CHOSEN = "chosen.json"  # in the suite's folder: the learning rates that validation chose
@@ -30,6 +33,16 @@ class Setting:
     method: dict[str, Any]
     order_free: bool = False
     rate_of: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError where there is no such method, or it has no such options."""
+        options = {key: value for key, value in self.method.items() if key != "name"}
+        try:
+            method_module(self.method["name"]).Options.model_validate(options)
+        except ValidationError as error:
+            raise UserError(f"methods.yaml: {self.name}: {describe(error, 'method.')}") from None
+        except ValueError as error:
+            raise UserError(f"methods.yaml: {self.name}: {error}") from None
 
     @property
     def trains(self) -> bool:
@@ -82,7 +95,7 @@ class Cell:
             "max_tokens": self.max_tokens,
             "backbone": self.backbone,
             "contracts": {
-                name: {key: contract[key] for key in ("prompt", "labels", "metric", "limits")}
+                name: {key: contract[key] for key in _DECIDING if key in contract}
                 for name, contract in self.contracts().items()
             },
             "data": {folder: self.samples[folder].digest for folder in self.tasks},

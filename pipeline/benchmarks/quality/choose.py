@@ -21,6 +21,8 @@ def choose(options: QualityOptions, say: Callable[[str], None]) -> dict[str, Tri
     ordinary ones: that of the chosen rate is the record's. A setting with `rate_of` is tried only if it is named.
     """
     settings = [one for one in settings_of(options.methods) if one.trains and (options.methods or not one.rate_of)]
+    for setting in settings:
+        setting.check()
     first = next(iter(SUITES[options.suite].orders))
     single = replace(options, orders=(first,), seeds=options.seeds[:1])
     found: dict[str, Tries] = {}

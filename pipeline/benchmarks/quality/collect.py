@@ -93,11 +93,18 @@ def encode(contract: dict[str, Any], rows: dict[str, dict[str, str]], texts: dic
     ids = sorted(rows)
     if contract["kind"] == "classification":
         return encode_labels(contract, [rows[row]["answer"] for row in ids])
-    score = metrics.score
-    return [
-        round(1000 * score(contract["metric"], [rows[i]["answer"]], [rows[i]["reference"]], sources=[texts[i]]))
-        for i in ids
+    match = contract.get("answer_match", "full")
+    scores = [
+        metrics.score(
+            contract["metric"],
+            [rows[row]["answer"]],
+            [rows[row]["reference"]],
+            answer_match=match,
+            sources=[texts[row]],
+        )
+        for row in ids
     ]
+    return [round(1000 * score) for score in scores]
 
 
 def encode_labels(contract: dict[str, Any], names: list[str]) -> str:

@@ -9,26 +9,33 @@ from pipeline.benchmarks.quality.launch import Stopped
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.benchmarks.quality.plots import draw_all
 from pipeline.benchmarks.quality.report import as_markdown
-from pipeline.benchmarks.quality.run import Record, cells_of, run_quality
+from pipeline.benchmarks.quality.run import CellsFailed, Record, cells_of, run_quality
 from pipeline.files import write_atomic
 from pipeline.training.stop import EXIT_STOPPED
 
 
 def run_command(options: QualityOptions, say: Callable[[str], None] = print) -> int:
-    """Do what the options ask for; returns the exit code. The report holds every finished cell of this budget."""
+    """Do what the options ask for; returns the exit code: 1 where a cell failed, 75 where it was stopped.
+
+    The report holds every finished cell of this budget.
+    """
+    code = 0
     try:
         if options.choose:
             say("\n" + choose.as_table(choose.choose(options, say)))
             return 0
         if not options.report_only:
             run_quality(options, say)
+    except CellsFailed as failed:
+        code = 1
+        say(str(failed))
     except (KeyboardInterrupt, Stopped):
         say("stopped; the same command goes on from here")
         return EXIT_STOPPED
     text, files = write_report(options)
     say("\n" + text)
     say("written: " + ", ".join(map(str, files)))
-    return 0
+    return code
 
 
 def write_report(options: QualityOptions) -> tuple[str, list[Path]]:

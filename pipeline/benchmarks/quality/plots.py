@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.benchmarks.quality.report import by_setting
-from pipeline.benchmarks.quality.statistics import Record, paired_matrix
+from pipeline.benchmarks.quality.statistics import Record, paired_matrix, whole_matrix
 from pipeline.evaluation.plots import COLOURS
 from pipeline.files import write_atomic
 
@@ -33,10 +33,10 @@ def draw_all(records: Sequence[Record], stem: Path) -> list[Path]:
 
 
 def matrices(records: Sequence[Record]) -> Figure:
-    """R of one cell a setting; the last row on the rows of those above."""
+    """R of one cell a setting, all on the same rows; right of the diagonal the next task, not yet learned."""
     picture, panels = _panels(records, 2.6)
     for axes, record in zip(panels, records, strict=False):
-        R = paired_matrix(record)
+        R = whole_matrix(record)
         points = [[math.nan if value is None else 100 * value for value in row] for row in R]
         image = axes.imshow(points, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
         axes.set_facecolor("#e6e6e6")

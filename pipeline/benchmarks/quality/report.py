@@ -80,17 +80,20 @@ def figure_table(records: Sequence[Record]) -> str:
 
 
 def difference_table(records: Sequence[Record]) -> str:
-    """ACC of the reference less each rival's, with a paired bootstrap interval over rows and orders."""
+    """ACC of the reference less each rival's, with a paired bootstrap interval over rows and orders.
+
+    A rival without an order stands against the first order alone, and against all of them.
+    """
     groups = by_setting(records)
     lines = [("less", "orders", "test rows", "difference", "95 % interval"), ("---", "---", "---:", "---:", "---")]
     for rival, own in groups.items():
-        pairs = [pair for pair in pairs_of(groups.get(REFERENCE, []), own) if rival != REFERENCE]
-        if not pairs:
-            continue
-        units = [difference(*pair) for pair in pairs]
-        interval = bootstrap(units)
-        rows = sum(len(values) for values in units[0][1].values())
-        lines.append((rival, orders_of([first for first, _ in pairs]), f"{rows:,}", *shown(interval)))
+        pairs = [] if rival == REFERENCE else pairs_of(groups.get(REFERENCE, []), own)
+        first = [pair for pair in pairs if pair[0]["order"] == pairs[0][0]["order"]]
+        sets = [first, pairs] if own[0]["order"] == ANY_ORDER and len(first) < len(pairs) else [pairs]
+        for chosen in filter(None, sets):
+            units = [difference(*pair) for pair in chosen]
+            rows = sum(len(values) for values in units[0][1].values())
+            lines.append((rival, orders_of([one for one, _ in chosen]), f"{rows:,}", *shown(bootstrap(units))))
     return markdown(lines) if len(lines) > 2 else ""
 
 

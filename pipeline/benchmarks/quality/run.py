@@ -20,9 +20,16 @@ from pipeline.evaluation import matrix
 Record = dict[str, Any]
 
 
+class CellsFailed(Exception):
+    """Some cells could not be finished; the others were."""
+
+
 def run_quality(options: QualityOptions, say: Callable[[str], None] = print) -> list[Record]:
     """The records of every cell asked for, those of before among them. Raises UserError for what cannot be run."""
-    return run_cells(cells_of(options, settings_of(options.methods), rate_for), say)
+    settings = settings_of(options.methods)
+    for setting in settings:
+        setting.check()
+    return run_cells(cells_of(options, settings, rate_for), say)
 
 
 def cells_of(
@@ -50,8 +57,11 @@ def cells_of(
 
 
 def run_cells(cells: list[Cell], say: Callable[[str], None]) -> list[Record]:
-    """Run what is not finished; a cell's file appears when it is. Stops cleanly on SIGTERM or Ctrl-C."""
-    records, ran, spent = [], 0, 0.0
+    """Run what is not finished; a cell's file appears when it is. Stops cleanly on SIGTERM or Ctrl-C.
+
+    A cell that fails does not keep the others from running: CellsFailed is raised at the end, naming it.
+    """
+    records, failed, ran, spent = [], [], 0, 0.0
     missing = sum(not cell.file.is_file() for cell in cells)
     say(f"{len(cells)} cells, {len(cells) - missing} finished before")
     with terminating():
@@ -60,11 +70,18 @@ def run_cells(cells: list[Cell], say: Callable[[str], None]) -> list[Record]:
             if record is None:
                 say(f"[{number}/{len(cells)}] {cell.suite} {cell.name}, learning rate {cell.learning_rate:g}")
                 began = time.monotonic()
-                record = finish(cell, say)
+                try:
+                    record = finish(cell, say)
+                except RuntimeError as error:
+                    say(f"  FAILED: {error}")
+                    failed.append(cell.name)
+                    continue
                 ran, spent = ran + 1, spent + time.monotonic() - began
                 left = spent / ran * (missing - ran)
                 say(f"  {outcome(record)}; about {left / 3600:.1f} h for the {missing - ran} cells that are left")
             records.append(record)
+    if failed:
+        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
     return records
 
 

@@ -89,18 +89,24 @@ def alone(record: Record, per_task: Record) -> list[float]:
     return [float(last_on(record, place, task, own).mean()) for place, (task, own) in enumerate(diagonal)]
 
 
+def whole_matrix(record: Record) -> matrix.Matrix:
+    """`paired_matrix` with the score of each task before it was learned, where it was asked."""
+    rows = paired_matrix(record)
+    for place, task in enumerate(record["tasks"][1:]):
+        if "answers_ahead" in record:
+            rows[place][place + 1] = float(scores_ahead(record, task).mean())
+    return rows
+
+
 def forward_transfer(record: Record, zero_shot: Record) -> float | None:
     """FWT: each task but the first before it was learned, against the bare backbone on the same rows; None where the
     cell was not asked."""
     tasks = record["tasks"]
     if "answers_ahead" not in record:
         return None
-    R: matrix.Matrix = [[None] * len(tasks) for _ in tasks]
-    for place, task in enumerate(tasks[1:]):
-        R[place][place + 1] = float(scores_ahead(record, task).mean())
     end = len(zero_shot["R"]) - 1
     bare = [float(last_on(record, 0, task, row_scores(zero_shot, end, task)).mean()) for task in tasks]
-    return matrix.fwt(R, bare)
+    return matrix.fwt(whole_matrix(record), bare)
 
 
 def difference(first: Record, second: Record) -> Unit:

@@ -22,6 +22,7 @@ class Task:
     language: str = "en"
     form: str = "text"  # how a row is read: see `sampling.ROW_FORMS`
     max_answer_tokens: int = 24
+    answer_match: str = "full"
 
     @property
     def name(self) -> str:
@@ -106,7 +107,7 @@ SUITES: dict[str, Suite] = {
                 "Summary:",
                 kind="generation",
                 metric="rouge_l",
-                max_answer_tokens=96,
+                max_answer_tokens=192,
             ),
             # TRACE scores the letter alone, so the reasons after it are neither learned nor generated
             Task(
@@ -114,8 +115,8 @@ SUITES: dict[str, Suite] = {
                 "Choose an answer for the following question and give your reasons.\n{text}\nAnswer:",
                 form="trace_letter",
             ),
-            _trace("NumGLUE-cm", _MATH, "Answer:", kind="generation", metric="exact_match"),
-            _trace("NumGLUE-ds", _MATH, "Answer:", kind="generation", metric="exact_match"),
+            _trace("NumGLUE-cm", _MATH, "Answer:", kind="generation", metric="exact_match", answer_match="first_line"),
+            _trace("NumGLUE-ds", _MATH, "Answer:", kind="generation", metric="exact_match", answer_match="first_line"),
             _trace(
                 "20Minuten",
                 "Provide a simplified version of the following paragraph in German.",
@@ -123,7 +124,7 @@ SUITES: dict[str, Suite] = {
                 kind="generation",
                 metric="sari",
                 language="de",
-                max_answer_tokens=160,
+                max_answer_tokens=224,
             ),
         ],
         {"O1": "C-STANCE FOMC MeetingBank ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten"},  # TRACE's own
@@ -160,6 +161,7 @@ def contract_of(task: Task, labels: list[str], max_tokens: int) -> dict[str, Any
         "prompt": task.prompt,
         "labels": {name: answers[name] for name in labels} if task.kind == "classification" else None,
         "metric": task.metric,
+        **({"answer_match": task.answer_match} if task.answer_match != "full" else {}),
         "limits": {
             "max_tokens": max_tokens,
             "max_answer_tokens": task.max_answer_tokens,
