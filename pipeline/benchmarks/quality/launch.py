@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,16 +24,14 @@ from typing import Any
 import yaml
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.children import ROOT, child_environment, launcher
 from pipeline.benchmarks.quality.cells import Cell
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.files import write_atomic
 from pipeline.training.stop import EXIT_STOPPED
 
-ROOT = Path(__file__).resolve().parents[3]
 WORK, LOG, LAUNCHES = "work", "log.txt", "launches.json"
 AHEAD, AHEAD_MODULE = "ahead", "pipeline.benchmarks.quality.ahead"  # its folder in the work_dir
-# what a process group left in the environment would make the child join it
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
 _POLL = 1.0  # seconds between two looks at a launch
 
 
@@ -99,8 +96,7 @@ def launch(cell: Cell, folder: Path, arguments: list[str], say: Callable[[str], 
     """One launch of a script, or of a `--module`; tells of every increment as it comes."""
     ranks = cell.options.ranks
     if ranks > 1:
-        port = ["--master_port", str(_free_port())]
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), *port]
+        command = launcher(ranks)
     else:
         command = [sys.executable]
         arguments = ["-m" if argument == "--module" else argument for argument in arguments]
@@ -131,10 +127,7 @@ def launch(cell: Cell, folder: Path, arguments: list[str], say: Callable[[str], 
 
 def environment(options: QualityOptions) -> dict[str, str]:
     """The child's: this code, and threads."""
-    values = {key: value for key, value in os.environ.items() if key not in _GROUP}
-    values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), values.get("PYTHONPATH")]))
-    values["OMP_NUM_THREADS"] = str(options.threads or max(1, (os.cpu_count() or 1) // options.ranks))
-    return values
+    return child_environment(OMP_NUM_THREADS=options.threads or max(1, (os.cpu_count() or 1) // options.ranks))
 
 
 def num_increments(folder: Path) -> int:
@@ -190,9 +183,3 @@ def _note(folder: Path, seconds: float) -> None:
     path = folder / LAUNCHES
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     write_atomic(path, json.dumps([*before, round(seconds, 1)]).encode())
-
-
-def _free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return holder.getsockname()[1]

@@ -18,8 +18,8 @@ import torch
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_config, load_tokenizer
+from pipeline.benchmarks.machine import describe_machine, describe_software
 from pipeline.benchmarks.router.options import RouterOptions
-from pipeline.benchmarks.speed.machine import describe_machine, describe_software
 from pipeline.benchmarks.tfidf import tfidf_predictions
 from pipeline.config import BackboneConfig, RouterConfig, StreamConfig
 from pipeline.data.batching import select_rows

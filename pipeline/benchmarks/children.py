@@ -1,4 +1,4 @@
-"""Processes that a case starts: their environment, their launcher, and how one that failed is told."""
+"""Processes that a benchmark starts: their environment, their launcher, and how one that failed is told."""
 
 import json
 import os
@@ -7,14 +7,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmarks.speed.options import SpeedOptions
-from pipeline.data.tokens import PreparedTask
-
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1800  # seconds; no measurement takes as long
 # what a process group left in the environment would make the child join it
 _GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
@@ -69,17 +65,3 @@ def launcher(ranks: int) -> list[str]:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     return [program, "--num_accelerators", str(ranks), "--master_port", str(port)]
-
-
-def write_spec(options: SpeedOptions, prepared: PreparedTask, shards: Path, folder: Path, **more: Any) -> Path:
-    """What a training child reads (`contenders.Spec`); the run writes below `folder`."""
-    folder.mkdir(parents=True)
-    spec = {
-        "options": asdict(options),
-        "contract": prepared.contract.model_dump(mode="json", by_alias=True),
-        "shards": str(shards.resolve()),
-        "work_dir": str(folder.resolve()),
-        **more,
-    }
-    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    return folder / "spec.json"
