@@ -160,13 +160,13 @@ def one_lora(found: Published) -> Pairs | None:
 
 def native_files(found: Published) -> dict[str, bytes]:
     """The bundle's files as they stand in the bank, and bundle.json, which says how to put them together."""
+    if any(not pairs_in(found.bank.get(sha)) for component, sha in found.own.items() if component != "gate"):
+        raise UserError(not_pairs(found))
     if found.own != found.bundle:
         raise UserError(
             f"task '{found.task}' is served with the sum of several LoRA experts; export it with --format peft, which "
             "makes them one, exactly"
         )
-    if any(not pairs_in(found.bank.get(sha)) for component, sha in found.own.items() if component != "gate"):
-        raise UserError(not_pairs(found))
     files = {}
     for component, sha in found.bundle.items():
         found.bank.verify(sha)

@@ -162,7 +162,7 @@ def test_what_cannot_be_exported_is_one_sentence(moe_cl, tmp_path, backbone_dir,
         assert told in message and len(message.splitlines()) == 1
     assert run(work_dir, tmp_path / "o", task="tweets") == 2 and "learned: reviews" in capsys.readouterr().err
     masks = Bank(tmp_path / "m/bank").put({"model.layers.0.mlp.up_proj.lora_A.bits": torch.ones(4, dtype=torch.uint8)})
-    packed = publish_bundle(tmp_path / "m", backbone_dir, "per_task", {"adapter": masks})
+    packed = publish_bundle(tmp_path / "m", backbone_dir, "per_task", {"adapter": masks, "past.1": masks})
     for form in ("peft", "native"):
         assert run(packed, tmp_path / "o", "--format", form) == 2
         assert "more than LoRA pairs" in capsys.readouterr().err

@@ -68,5 +68,5 @@ def test_more_layers_than_the_backbone_has_are_refused():
     config = tiny_llama(90).config
     check_router(None, config)
     check_router(RouterConfig(layers=3), config)
-    with pytest.raises(UserError, match=r"router\.layers is 8, but the backbone has 3 layers"):
-        check_router(RouterConfig(), config)
+    with pytest.raises(UserError, match=r"router\.layers is 4, but the backbone has 3 layers"):
+        check_router(RouterConfig(layers=4), config)
