@@ -21,13 +21,12 @@ from pipeline.config import method_module
 from pipeline.experts.bank import Bank
 from pipeline.experts.peft_format import CONFIG_FILE, TENSOR_FILE, Pairs, pairs_in, summed, to_peft
 from pipeline.files import canonical_json, fsync_dir, write_atomic
-from pipeline.methods.protocol import Bundle
+from pipeline.methods.protocol import PAST_WEIGHTS, Bundle, own_of, past_of
 from pipeline.tensor_files import METADATA_KEY
 from pipeline.tracking.chain import fold, load_chain
 from pipeline.tracking.manifest import Manifest
 
 BUNDLE = "bundle.json"  # of the native form
-_PAST, _PAST_WEIGHTS = "past.", "past_weights"  # components of a bundle: earlier experts that speak along
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Published:
     @property
     def own(self) -> Bundle:
         """The components but earlier experts and their weights."""
-        return {name: sha for name, sha in self.bundle.items() if not name.startswith(_PAST) and name != _PAST_WEIGHTS}
+        return own_of(self.bundle)
 
     def note(self) -> dict[str, Any]:
         """Where an exported file says that it comes from."""
@@ -148,13 +147,11 @@ def one_lora(found: Published) -> Pairs | None:
     pairs = pairs_in(found.bank.get(own[0])) if len(own) == 1 else {}
     if not pairs:
         return None
-    past = sorted(
-        (name for name in found.bundle if name.startswith(_PAST)), key=lambda name: int(name.removeprefix(_PAST))
-    )
+    past = past_of(found.bundle)
     weights = [1.0] * len(past)
-    if _PAST_WEIGHTS in found.bundle:
-        weights = found.bank.get(found.bundle[_PAST_WEIGHTS])["weights"].tolist()
-    earlier = [pairs_in(found.bank.get(found.bundle[name])) for name in past]
+    if PAST_WEIGHTS in found.bundle:
+        weights = found.bank.get(found.bundle[PAST_WEIGHTS])["weights"].tolist()
+    earlier = [pairs_in(found.bank.get(sha)) for sha in past]
     return summed([*zip(earlier, weights, strict=True), (pairs, 1.0)])
 
 

@@ -33,14 +33,15 @@ def answer_ahead(served: Served, folder: Path) -> None:
     """Answer each task of the stream but the first with what the increment before could serve it with. Collective."""
     job, history = served.job, History.of(served.chain)
     chain = sorted(served.chain, key=lambda manifest: manifest.increment)
-    path_of = {}
-    for path in job.config.tasks:
-        validated = job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, history))
-        path_of[validated.contract.task] = validated
+    stream = [
+        job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, history))
+        for path in job.config.tasks
+    ]
+    task_of = {validated.contract.task: validated for validated in stream}
     for place, manifest in enumerate(chain[1:], start=1):
         before = chain[place - 1]
         bundle = unseen_bundle(before.method, fold(chain[:place]).bundles[before.task])
-        measured = measure(job, prepare(path_of[manifest.task], job.tokenizer), bundle, "test")
+        measured = measure(job, prepare(task_of[manifest.task], job.tokenizer), bundle, "test")
         table = measured.answers.table(measured.rows.column("row_id"), measured.rows.column("reference"))
         if job.world.is_main:
             write_atomic(folder / f"{manifest.task}.parquet", parquet_bytes(table))
