@@ -124,6 +124,19 @@ def test_a_cell_says_what_it_cost(learned):
     assert served[0] < served[1] < served[2] <= sum(found["moe_cl"]["published_bytes"])
 
 
+def test_a_cell_keeps_what_may_be_decided_alone_and_how_rows_do_without_their_tasks_name(learned):
+    found = records(learned[0])
+    for record in found.values():
+        for task, entry in record["review"].items():
+            alone, answers = record["decided"][task], record["answers"][-1][task]
+            assert len(alone) == len(answers) == 20 and entry["target_precision"] == 0.95
+            assert alone.count("1") / 20 == entry["test"]["stripping_rate"]
+            right = [a == b for a, b, one in zip(answers, record["references"][task], alone, strict=True) if one == "1"]
+            assert entry["test"]["precision"] == (sum(right) / len(right) if right else None)
+    assert [len([s for s in row if s is not None]) for row in found["moe_cl"]["R_inferred"]] == [1, 2, 3]
+    assert "R_inferred" not in found["zero_shot"]
+
+
 def test_every_method_and_order_sees_the_same_rows(learned):
     found = records(learned[0])
     assert len({json.dumps(record["deciding"]["data"], sort_keys=True) for record in found.values()}) == 1

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from pipeline.benchmarks.quality import statistics
-from pipeline.benchmarks.quality.report import as_markdown, difference_table, figure_table
+from pipeline.benchmarks.quality.report import (
+    as_markdown,
+    difference_table,
+    figure_table,
+    inferred_table,
+    review_difference_table,
+    review_table,
+)
 from tests.benchmarks.quality_cells import NUMBERS, cell
 
 # `one` and `two` after the last task: right on none of `two`'s stream rows; right everywhere
@@ -111,6 +118,33 @@ def test_a_method_without_an_order_stands_against_the_first_and_against_every_or
     assert lines[3][:4] == ["per_task", "O1 O2", "8", "-37.50"]
     assert lines[4] == ["sequential", "O1", "8", "+0.00", "+0.00 to +0.00"]
     assert len(lines) == 5, "no order in common with replay_10"
+
+
+def test_rows_decided_alone_are_compared_row_by_row():
+    def reviewed(setting: str, decided: dict[str, str], precision: float | None):
+        test = {"rows": 4, "precision": precision}
+        entries = {
+            t: {"target_precision": 0.9, "test": {**test, "stripping_rate": d.count("1") / 4}}
+            for t, d in decided.items()
+        }
+        return cell(setting, review=entries, decided=decided)
+
+    records = [
+        reviewed("sequential", {"one": "0001", "two": "0000"}, None),
+        reviewed("moe_cl", {"one": "0111", "two": "1000"}, 0.75),
+    ]
+    shares = [[part.strip() for part in line.strip("|").split("|")] for line in review_table(records).splitlines()]
+    assert shares[2] == ["sequential", "25.0, -", "0.0, -", "12.5"]
+    assert shares[3] == ["moe_cl", "75.0, 75.0", "25.0, 75.0", "50.0"]
+    line = review_difference_table(records).splitlines()[2]
+    assert line.startswith("| sequential | O1 | +37.50 |")  # of 4 rows two more, and one more
+    assert review_table([cell("moe_cl")]) == review_difference_table([cell("moe_cl")]) == ""
+
+
+def test_scores_without_the_tasks_name_stand_beside_those_with_it():
+    table = inferred_table([cell("sequential"), cell("moe_cl", R_inferred=[[1.0, None], [0.5, 0.5]])])
+    assert table.splitlines()[2:] == ["| moe_cl | O1 | 62.50 | 50.00 | -12.50 |"]
+    assert inferred_table([cell("sequential")]) == ""
 
 
 def test_a_report_says_what_was_measured_before_any_number():

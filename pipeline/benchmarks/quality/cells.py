@@ -14,7 +14,7 @@ from data_contracts.errors import UserError
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.benchmarks.quality.sampling import Sample
 from pipeline.benchmarks.quality.suites import SUITES, contract_of
-from pipeline.config import describe, method_module
+from pipeline.config import RouterConfig, describe, method_module
 from pipeline.files import canonical_json, sha256_text, write_atomic
 
 FORMAT = 1
@@ -31,6 +31,7 @@ class Setting:
 
     name: str
     method: dict[str, Any]
+    router: bool = False  # whether the task router is learned too, and every row answered without its task's name
     order_free: bool = False
     rate_of: str | None = None
 
@@ -91,6 +92,8 @@ class Cell:
             "seed": self.seed,
             "method": self.setting.method,
             "learning_rate": self.learning_rate if self.setting.trains else None,
+            **({"router": RouterConfig().model_dump()} if self.setting.router else {}),
+            **({"review": review} if (review := SUITES[self.suite].review) else {}),
             **self.options.budget(),
             "max_tokens": self.max_tokens,
             "backbone": self.backbone,

@@ -16,12 +16,16 @@ from safetensors import safe_open
 from pipeline.benchmarks.quality.cells import FORMAT, Cell
 from pipeline.benchmarks.quality.launch import AHEAD, WORK, total_seconds
 from pipeline.evaluation import metrics
+from pipeline.evaluation.review_cost import decided
 from pipeline.experts.bank import Bank
+from pipeline.increments import without_router
+from pipeline.review import read_review
 from pipeline.tracking.chain import load_chain, take_over
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.manifest import ROUTER, Manifest
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 Answers = str | list[int]
+_REVIEW = ("target_precision", "thresholds", "validation", "test")  # kept of a task's review record
 
 
 def collect(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -66,7 +70,19 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
         if manifest is not manifests[-1]:
             subset |= {task: mask(rows[task], own) for task, own in table.items()}
     before = {task: encode(contracts[task], own, texts[task]) for task, own in ahead.items()}
+    if manifests[-1].row_inferred:
+        record["R_inferred"] = [[manifest.row_inferred.get(task) for task in tasks] for manifest in manifests]
+    if reviews := read_review(work_dir, manifests[-1]):
+        record["review"] = {task: {key: own[key] for key in _REVIEW} for task, own in reviews.items()}
+        record["decided"] = {task: decided_rows(last[task], own["thresholds"]) for task, own in reviews.items()}
     return {**record, "answers": answers, "answers_ahead": before, "stream_rows": subset}
+
+
+def decided_rows(rows: dict[str, dict[str, Any]], thresholds: dict[str, float | None]) -> str:
+    """Which rows the model may decide by itself, a 0 or 1 a row in the order of the row ids."""
+    own = [rows[row] for row in sorted(rows)]
+    alone = decided([row["answer"] for row in own], [row["score"] for row in own], thresholds)
+    return "".join("01"[int(one)] for one in alone)
 
 
 def mask(rows: list[str], measured: dict[str, Any]) -> str:
@@ -74,16 +90,16 @@ def mask(rows: list[str], measured: dict[str, Any]) -> str:
     return "".join("01"[row in measured] for row in rows)
 
 
-def read_predictions(work_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, str]]]:
-    """By task and row id the answer and the reference on test after an increment."""
+def read_predictions(work_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, Any]]]:
+    """By task and row id the answer the reference and the score on test after an increment."""
     return read_answers(work_dir / "increments" / manifest.folder / "predictions")
 
 
-def read_answers(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+def read_answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The same from a folder with a file a task."""
     found = {}
     for path in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(path, columns=["row_id", "answer", "reference"]).to_pylist()
+        table = pq.read_table(path, columns=["row_id", "answer", "reference", "score"]).to_pylist()
         found[path.stem] = {row["row_id"]: row for row in table}
     return found
 
@@ -117,7 +133,8 @@ def cost(work_dir: Path, manifests: list[Manifest]) -> dict[str, Any]:
     """Parameters and bytes by increment, and seconds by part over all of them.
 
     `trained_parameters` are those of the experts and gates an increment publishes; `published_bytes` what it adds to
-    the bank; `served_bytes` all files that some task is served with, or that the method carries on, after it.
+    the bank; `served_bytes` all files that some task is served with, or that the method carries on, after it. The task
+    router, which is no method's, is in none of them.
     """
     bank = Bank(work_dir / "bank")
     size = {sha: bank.path(sha).stat().st_size for manifest in manifests for sha in manifest.bank.values()}
@@ -127,12 +144,15 @@ def cost(work_dir: Path, manifests: list[Manifest]) -> dict[str, Any]:
     state: dict[str, dict[str, str]] = {}
     for manifest in manifests:
         take_over(bundles, state, manifest)
-        new = {sha for sha in manifest.bank.values() if sha not in seen}
+        own = {name: sha for name, sha in manifest.bank.items() if name != ROUTER}
+        new = {sha for sha in own.values() if sha not in seen}
         seen |= new
         published.append(sum(size[sha] for sha in new))
-        named = {sha for table in (bundles, state) for own in table.values() for sha in own.values()}
+        named = {
+            sha for table in (bundles, without_router(state)) for of_task in table.values() for sha in of_task.values()
+        }
         served.append(sum(size[sha] for sha in named))
-        experts = {sha for name, sha in manifest.bank.items() if name != "state"}
+        experts = {sha for name, sha in own.items() if name != "state"}
         parameters.append(sum(num_elements(bank.path(sha)) for sha in experts))
         run = json.loads((work_dir / "increments" / manifest.folder / "run.json").read_text(encoding="utf-8"))
         for part, value in run["seconds"].items():

@@ -27,6 +27,7 @@ from data_contracts.errors import UserError
 from pipeline.benchmarks.children import ROOT, child_environment, launcher
 from pipeline.benchmarks.quality.cells import Cell
 from pipeline.benchmarks.quality.options import QualityOptions
+from pipeline.benchmarks.quality.suites import SUITES
 from pipeline.files import write_atomic
 from pipeline.training.stop import EXIT_STOPPED
 
@@ -71,6 +72,10 @@ def write_inputs(cell: Cell, folder: Path) -> Path:
         "deepspeed": str(Path(options.deepspeed).resolve()),
         "seed": cell.seed,
     }
+    if cell.setting.router:
+        stream["router"] = {}
+    if (precision := SUITES[cell.suite].review) is not None:
+        stream["evaluation"] = {"review": {"target_precision": precision}}
     (folder / "stream.yaml").write_text(yaml.safe_dump(stream, sort_keys=False), encoding="utf-8")
     return folder / "stream.yaml"
 

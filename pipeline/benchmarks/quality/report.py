@@ -9,10 +9,12 @@ from pipeline.benchmarks.quality.statistics import (
     Record,
     backward,
     bootstrap,
+    decided_difference,
     difference,
     figures,
     macro_f1,
 )
+from pipeline.evaluation import matrix
 
 REFERENCE = "moe_cl"  # the method in question
 BARE, ALONE = "zero_shot", "per_task"  # what forward transfer and transfer are measured against
@@ -29,6 +31,9 @@ def as_markdown(suite: str, records: Sequence[Record], budget: dict[str, Any]) -
     for heading, table in (
         (f"{REFERENCE} less each other method: ACC over the orders both have", difference_table(records)),
         ("Backward transfer on test", backward_table(records)),
+        ("Rows decided without review", review_table(records)),
+        (f"{REFERENCE} less each other method: rows decided without review", review_difference_table(records)),
+        ("With and without the task's name", inferred_table(records)),
         ("Scores by task after the last one, mean over orders and seeds", task_table(records)),
     ):
         if table:
@@ -121,6 +126,54 @@ def task_table(records: Sequence[Record]) -> str:
         values += [mean([cells[1](record)[task] for record in own]) for task in binary]
         lines.append((setting, *(f"{100 * value:.1f}" for value in values)))
     return markdown(lines)
+
+
+def review_table(records: Sequence[Record]) -> str:
+    """Share of test rows that thresholds chosen on validation decide, and how many of those are right, by task."""
+    known = [record for record in records if "review" in record]
+    if not known:
+        return ""
+    tasks = known[0]["tasks"]
+    target = next(iter(known[0]["review"].values()))["target_precision"]
+    lines = [
+        ("method", *(f"{task}: decided, right" for task in tasks), f"mean decided (target {100 * target:.0f} right)")
+    ]
+    lines.append(("---", *["---:"] * (len(tasks) + 1)))
+    for setting, own in by_setting(known).items():
+        cells = []
+        for task in tasks:
+            shares = [record["review"][task]["test"]["stripping_rate"] for record in own]
+            right = [p for record in own if (p := record["review"][task]["test"]["precision"]) is not None]
+            cells.append(f"{100 * mean(shares):.1f}, {f'{100 * mean(right):.1f}' if right else '-'}")
+        every = [entry["test"]["stripping_rate"] for record in own for entry in record["review"].values()]
+        lines.append((setting, *cells, f"{100 * mean(every):.1f}"))
+    return markdown(lines)
+
+
+def review_difference_table(records: Sequence[Record]) -> str:
+    """Share of rows decided by the reference less each rival's, with a paired bootstrap over rows and orders; the
+    thresholds stay.
+    """
+    groups = by_setting([record for record in records if "review" in record])
+    lines = [("less", "orders", "difference", "95 % interval"), ("---", "---", "---:", "---")]
+    for rival, own in groups.items():
+        pairs = [] if rival == REFERENCE else pairs_of(groups.get(REFERENCE, []), own)
+        if pairs:
+            units = [decided_difference(*pair) for pair in pairs]
+            lines.append((rival, orders_of([one for one, _ in pairs]), *shown(bootstrap(units))))
+    return markdown(lines) if len(lines) > 2 else ""
+
+
+def inferred_table(records: Sequence[Record]) -> str:
+    """ACC with the task named, and with the task that the router chose."""
+    lines = [("method", "order", "task named", "task chosen by the router", "difference")]
+    lines.append(("---", "---", "---:", "---:", "---:"))
+    for record in records:
+        if "R_inferred" in record:
+            named, chosen = matrix.acc(record["R"]), matrix.acc(record["R_inferred"])
+            shares = (f"{100 * named:.2f}", f"{100 * chosen:.2f}", f"{100 * (chosen - named):+.2f}")
+            lines.append((record["setting"], record["order"], *shares))
+    return markdown(lines) if len(lines) > 2 else ""
 
 
 def by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -118,6 +118,15 @@ def difference(first: Record, second: Record) -> Unit:
     return first["deciding"]["seed"], rows
 
 
+def decided_difference(first: Record, second: Record) -> Unit:
+    """Row by row whether the first decides it alone, less whether the second does; ValueError as `difference`."""
+    seed, _ = difference(first, second)
+    flags = [
+        {task: np.array(list(r["decided"][task]), dtype=float) for task in first["tasks"]} for r in (first, second)
+    ]
+    return seed, {task: flags[0][task] - flags[1][task] for task in first["tasks"]}
+
+
 def backward(record: Record) -> Unit:
     """Row by row an earlier task's score after the last task less its score when it was learned."""
     end = len(record["R"]) - 1

@@ -32,16 +32,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks, by folder, and the orders they are learned in. Rows longer than `max_tokens` are cut."""
+    """Tasks, by folder, and the orders they are learned in. Rows longer than `max_tokens` are cut.
+
+    `review` is the precision at which the model may decide rows by itself (METHODS section 5); None: not asked.
+    """
 
     tasks: dict[str, Task]
     orders: dict[str, tuple[str, ...]]
     max_tokens: int
+    review: float | None = None
 
 
-def _suite(tasks: list[Task], orders: dict[str, str], max_tokens: int) -> Suite:
+def _suite(tasks: list[Task], orders: dict[str, str], max_tokens: int, review: float | None = None) -> Suite:
     named = {name: tuple(text.split()) for name, text in orders.items()}
-    return Suite({task.folder: task for task in tasks}, named, max_tokens)
+    return Suite({task.folder: task for task in tasks}, named, max_tokens, review)
 
 
 def _trace(folder: str, first: str, last: str, **settings: Any) -> Task:
@@ -142,6 +146,7 @@ SUITES: dict[str, Suite] = {
             "O3": "entertainment_sport social_bias gender_weibo",
         },
         256,
+        review=0.95,
     ),
 }
 
