@@ -47,9 +47,11 @@ def test_a_cell_without_answers_ahead_has_no_forward_transfer():
 
 
 def test_scores_of_generated_answers_are_thousandths():
-    generated = cell("moe_cl", answers=[{"one": [500, 0]}, {"one": [1000, 250, 0, 250], "two": [1, 2, 3, 4]}])
+    answers = [{"one": [500, 0]}, {"one": [1000, 250, 0, 250], "two": [1, 2, 3, 4]}]
+    generated = cell("moe_cl", answers=answers, answers_ahead={"two": [0, 500]}, references={})
     assert statistics.row_scores(generated, 1, "one").tolist() == [1.0, 0.25, 0.0, 0.25]
     seed, rows = statistics.backward(generated)
+    assert statistics.scores_ahead(generated, "two").tolist() == [0.0, 0.5]
     assert seed == 17 and rows["one"].tolist() == [0.5, 0.0]  # rows 1 and 3: 1.0 - 0.5, 0.0 - 0.0
 
 

@@ -33,18 +33,18 @@ class Interval:
 
 def row_scores(record: Record, increment: int, task: str) -> np.ndarray:
     """Scores of the test rows that an increment (from 0) measured, in the order of their ids."""
-    answers = record["answers"][increment][task]
-    return _scores(answers, last_on(record, increment, task, record["references"].get(task, "")))
+    return _scores(record, increment, task, record["answers"][increment][task])
 
 
 def scores_ahead(record: Record, task: str) -> np.ndarray:
     """Scores of a task's test rows before it was learned."""
-    return _scores(record["answers_ahead"][task], last_on(record, 0, task, record["references"].get(task, "")))
+    return _scores(record, 0, task, record["answers_ahead"][task])
 
 
-def _scores(answers: Any, references: str) -> np.ndarray:
+def _scores(record: Record, increment: int, task: str, answers: str | list[int]) -> np.ndarray:
     if isinstance(answers, list):
         return np.array(answers) / 1000
+    references = last_on(record, increment, task, record["references"][task])
     return np.array([a == b for a, b in zip(answers, references, strict=True)], dtype=float)
 
 
