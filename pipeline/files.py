@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def canonical_json(value: Any) -> str:
@@ -38,14 +40,18 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` so that a kill at any moment leaves the old file or the new one, whole."""
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` at the end: a kill at any moment leaves the old or the new, whole.
+
+    Nothing is left of it when the block raises.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -53,3 +59,9 @@ def write_atomic(path: Path | str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def write_atomic(path: Path | str, data: bytes) -> None:
+    """Write `data` to `path` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)

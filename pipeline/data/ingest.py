@@ -4,8 +4,6 @@ Rows pass in batches, from files to disk and from there through the checks, so t
 them (the hashes of ids and texts) and half as much again for a moment.
 """
 
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from data_contracts.verdict import DataRejected, Verdict, judge
 from pipeline.data.check_split import NUM_EXAMPLES, CheckedSplit, check_split
 from pipeline.data.raw_rows import read_splits, source_files
 from pipeline.data.token_limits import TokenCounter, tokenizer_digest
-from pipeline.files import canonical_json, fsync_dir, sha256_text
+from pipeline.files import atomic_file, canonical_json, sha256_text
 
 # Judged splits keep a shared text; the later one in this order loses it.
 _PRIORITY = ("test", "validation", "train")
@@ -79,7 +77,8 @@ def examine(
     if quarantine_dir is not None and verdict.kept < verdict.rows_in:
         digest = sha256_text(canonical_json({"contract": contract.digest, "files": file_digests}))
         quarantine = Path(quarantine_dir) / contract.task / f"{digest}.parquet"
-        _write_parquet(quarantine, pa.concat_tables([checked[name].quarantine for name in SPLITS]))
+        with atomic_file(quarantine) as file:
+            pq.write_table(pa.concat_tables([checked[name].quarantine for name in SPLITS]), file)
     return CleanTask(
         contract=contract,
         splits={name: checked[name].clean for name in SPLITS},
@@ -106,19 +105,3 @@ def _verdict(contract: TaskContract, checked: dict[str, CheckedSplit]) -> Verdic
         for code, places in split.examples.items():
             examples[code] = (examples.get(code, []) + places)[:NUM_EXAMPLES]
     return judge(contract, {name: checked[name].counts for name in SPLITS}, leaks, examples)
-
-
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table, a row group at a time, so that a kill at any moment leaves the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_dir(path.parent)

@@ -19,7 +19,7 @@ class Placement:
     expert_parallel: int = 1
     device_memory: float = 80e9  # bytes
     bandwidth: float = 50e9  # bytes a second of one device, between nodes
-    persistence_threshold: int = 100_000  # elements; stage3_param_persistence_threshold
+    persistence_threshold: int = 1_000  # elements; stage3_param_persistence_threshold
     reduce_bucket_size: int = 5_000_000  # elements
     prefetch_bucket_size: int = 5_000_000  # elements
     max_reuse_distance: int = 1_000_000_000  # elements; stage3_max_reuse_distance

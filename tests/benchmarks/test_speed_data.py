@@ -30,7 +30,7 @@ def test_texts_are_tokenised_with_the_backbones_own_tokenizer(tmp_path, backbone
 
 
 def test_bytes_a_row_are_the_slope_between_the_smallest_and_the_largest(tmp_path, monkeypatch):
-    def measured(spec, folder, variables):
+    def measured(spec, folder, **variables):
         if spec["what"] == "tokens":
             return {"rows": spec["rows"], "seconds": 4.0 / int(variables["RAYON_NUM_THREADS"])}
         rows = spec["rows"]

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from pipeline.benchmarks.speed import startup
+from pipeline.benchmarks.speed.children import run_child
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.report import as_table
 from pipeline.config import load_stream
@@ -49,13 +50,13 @@ def test_a_launch_is_the_real_command_on_a_stream_of_one_step(tmp_path, backbone
     commands = []
 
     def run(command, environment):
-        commands.append((command, environment["OMP_NUM_THREADS"]))
+        commands.append(([str(part) for part in command], environment["OMP_NUM_THREADS"]))
         folder = tmp_path / "work" / "increments" / "0001-measured"
         folder.mkdir(parents=True)
         record = {"began": startup.time.time() + 3, "phases": [["imports", 5.0], ["first step", 2.0]]}
         (folder / "run.json").write_text(json.dumps({"startup": record}))
 
-    monkeypatch.setattr(startup, "_run", run)
+    monkeypatch.setattr(startup, "run_child", run)
     monkeypatch.setattr(startup.os, "cpu_count", lambda: 8)
     phases = startup.launch(stream, tmp_path / "work", ranks=2)
     assert list(phases) == ["launcher", "imports", "first step"]
@@ -67,4 +68,4 @@ def test_a_launch_is_the_real_command_on_a_stream_of_one_step(tmp_path, backbone
 
 def test_a_command_that_fails_shows_the_end_of_its_output():
     with pytest.raises(RuntimeError, match="ended with 3:\n\nno such stream"):
-        startup._run([sys.executable, "-c", "import sys; print('no such stream', file=sys.stderr); sys.exit(3)"], {})
+        run_child([sys.executable, "-c", "import sys; print('no such stream', file=sys.stderr); sys.exit(3)"], {})

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.speed.children import write_spec
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.tasks import prepare_task
-from pipeline.benchmarks.speed.trainer import PEER, measure_training, train_in_child, write_spec
+from pipeline.benchmarks.speed.trainer import PEER, measure_training, train_in_child
 from pipeline.benchmarks.speed.trainer_child import main, peer_rows
 
-pytest.importorskip("peft")
 WARMUP, STEPS, BATCH = 1, 3, 4
 
 
@@ -37,7 +37,7 @@ def notes(options, prepared, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("runs")
     with ThreadPoolExecutor() as pool:
         ours = pool.submit(train_in_child, options, *prepared, "moe_cl", folder / "ours")
-        spec = write_spec(options, *prepared, PEER, folder / "peer")
+        spec = write_spec(options, *prepared, folder / "peer", contender=PEER)
         main(str(spec))
         return {"moe_cl": ours.result(timeout=150), PEER: json.loads(spec.with_name("note.json").read_text())}
 

@@ -1,16 +1,20 @@
 """Our methods with a live engine, ready for a step of the product's own loop."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from data_contracts import TaskContract
+from pipeline.backbones.load import load_tokenizer
 from pipeline.benchmarks.speed.options import SpeedOptions
-from pipeline.config import StreamConfig, build_method
+from pipeline.config import BackboneConfig, StreamConfig, build_method
 from pipeline.data.batching import global_batch, row_order
-from pipeline.data.tokens import RowView
+from pipeline.data.tokens import PreparedTask, RowView, open_shards
 from pipeline.experts.bank import Bank
 from pipeline.methods.protocol import Increment, Tensors
 from pipeline.placement.distributed import World
@@ -18,7 +22,8 @@ from pipeline.placement.learner import Learner, build_learner, check_before_load
 from pipeline.placement.state import Source, restore_state
 from pipeline.stages.job import Job
 from pipeline.stages.train import start_values
-from pipeline.training.loop import run_global_batch
+from pipeline.training.loop import StepLog, run_global_batch, train_rows
+from pipeline.training.stop import StopFlag
 
 EARLIER = "earlier"  # the task learned before the measured increment
 
@@ -75,6 +80,52 @@ def earlier_state(num_layers: int, width: int) -> Tensors:
         "discriminator_weight": 0.02 * torch.randn(num_layers, width, generator=draw),
         "discriminator_bias": torch.zeros(num_layers),
     }
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a training child was asked for, from the file that `children.write_spec` made."""
+
+    given: dict[str, Any]
+    options: SpeedOptions
+    prepared: PreparedTask
+    work_dir: Path
+
+    @classmethod
+    def read(cls, file: str) -> "Spec":
+        """The spec in `file`."""
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        prepared = open_shards(TaskContract.model_validate(given["contract"]), Path(given["shards"]))
+        return cls(given, SpeedOptions.of(given["options"]), prepared, Path(given["work_dir"]))
+
+
+def train_by_loop(
+    spec: Spec,
+    method: str,
+    rows: RowView,
+    world: World,
+    on_start: Callable[[], None],
+    on_step: Callable[[StepLog], None],
+) -> None:
+    """Train on `rows` by the product's own loop, in the second increment; `on_start` is called once all is built."""
+    options = spec.options
+    tokenizer = load_tokenizer(BackboneConfig(path=options.backbone, dtype=options.dtype))
+    job = build_job(options, method, spec.work_dir, world, tokenizer, train=True)
+    start = second_increment(job)
+    on_start()
+    train_rows(
+        job.learner,
+        job.method,
+        job.config,
+        rows,
+        start,
+        seed=options.seed,
+        inflight=job.inflight,
+        key="speed",
+        title=method,
+        stop=StopFlag(),
+        on_step=on_step,
+    )
 
 
 @dataclass

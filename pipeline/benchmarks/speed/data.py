@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.benchmarks.speed.children import child_environment, run_module
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.samples import compare, rates
-from pipeline.benchmarks.speed.trainer import child_environment
 
 SIZES = (0.1, 1, 5)  # times --validation-rows
 ONE, ALL = "tokens, 1 core", "tokens, all cores"
@@ -23,7 +21,7 @@ def measure_data(options: SpeedOptions, folder: Path) -> dict[str, Any]:
         rows = int(options.validation_rows * times)
         own = folder / f"rows-{rows}"
         own.mkdir(parents=True)
-        notes.append(in_child({"what": "verdict", "folder": str(own), "rows": rows}, own, {}))
+        notes.append(in_child({"what": "verdict", "folder": str(own), "rows": rows}, own))
         for file in own.glob("*.parquet"):
             file.unlink()
     names = [f"{note['rows']:,} rows" for note in notes]
@@ -49,7 +47,7 @@ def measure_tokenising(options: SpeedOptions, folder: Path) -> dict[str, Any]:
     for _ in range(options.repeats):
         for name, number in cores.items():
             spec = {"what": "tokens", "backbone": options.backbone, "rows": rows}
-            seconds[name].append(in_child(spec, folder, {"RAYON_NUM_THREADS": number})["seconds"])
+            seconds[name].append(in_child(spec, folder, RAYON_NUM_THREADS=number)["seconds"])
     report = compare(seconds, [(ONE, ALL)])
     report["figures"] = {
         name: {"rows_per_second": rates([rows] * options.repeats, values)} for name, values in seconds.items()
@@ -57,17 +55,8 @@ def measure_tokenising(options: SpeedOptions, folder: Path) -> dict[str, Any]:
     return report
 
 
-def in_child(spec: dict[str, Any], folder: Path, variables: dict[str, str]) -> dict[str, Any]:
+def in_child(spec: dict[str, Any], folder: Path, **variables: str) -> dict[str, Any]:
     """What a new process measured. Raises RuntimeError with the end of its output where it fails."""
-    file, note = folder / "spec.json", folder / "note.json"
-    file.write_text(json.dumps({**spec, "note": str(note)}))
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.benchmarks.speed.data_child", str(file)],
-        env=child_environment() | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the measurement '{spec['what']}' failed:\n{done.stderr[-2000:]}")
-    return json.loads(note.read_text())
+    file = folder / "spec.json"
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    return run_module("pipeline.benchmarks.speed.data_child", file, child_environment(**variables))

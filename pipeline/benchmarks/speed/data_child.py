@@ -88,7 +88,7 @@ def main(spec_file: str) -> None:
         note = measure_verdict(Path(spec["folder"]), spec["rows"])
     else:
         note = measure_tokens(spec["backbone"], spec["rows"])
-    Path(spec["note"]).write_text(json.dumps(note))
+    Path(spec_file).with_name("note.json").write_text(json.dumps(note))
 
 
 if __name__ == "__main__":

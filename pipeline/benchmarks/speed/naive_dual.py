@@ -18,9 +18,10 @@ from data_contracts.errors import UserError
 from pipeline.backbones.families import PROJECTIONS, family_of
 from pipeline.benchmarks.speed.contenders import Batches
 from pipeline.config import StreamConfig
-from pipeline.data.batching import micro_batches
-from pipeline.data.collate import MicroBatch, collate
+from pipeline.data.collate import MicroBatch
 from pipeline.experts.discriminator import GradientReversal
+from pipeline.placement.distributed import World
+from pipeline.training.prefetch import read_batches
 
 CLASSES = 8  # outputs of the classifier, as many as `moe_cl` has
 WEIGHT = 0.1  # of the classifier's cross-entropy
@@ -98,15 +99,15 @@ def naive_loss(model: PreTrainedModel, ffns: list[NaiveDualFFN], batch: MicroBat
     return loss + game * (WEIGHT / (len(ffns) * batch.global_rows))
 
 
-def naive_step(config: StreamConfig, batches: Batches, device: torch.device) -> Callable[[int], None]:
-    """One optimizer step of the formula on batch k: the same micro-batches, AdamW, gradient clipping."""
+def naive_step(config: StreamConfig, batches: Batches, world: World) -> Callable[[int], None]:
+    """One optimizer step of the formula on batch k: the same micro-batches, AdamW, gradient clipping; one rank."""
     lora, settings, rows = config.method["lora"], config.training, batches.rows
     model = AutoModelForCausalLM.from_pretrained(
         config.backbone.path,
         dtype=getattr(torch, config.backbone.dtype),
         attn_implementation="sdpa",
         trust_remote_code=False,
-    ).to(device)
+    ).to(world.device)
     ffns = wrap(model, lora["rank"], lora["alpha"] / lora["rank"])
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -115,21 +116,8 @@ def naive_step(config: StreamConfig, batches: Batches, device: torch.device) -> 
     def step(number: int) -> None:
         chosen = batches(number)
         answer_tokens = int(rows.answer_lengths[chosen].sum())
-        lengths = rows.lengths[chosen].tolist()
-        for part in micro_batches(lengths, 0, 1, settings.micro_batch_size, settings.micro_batch_tokens):
-            prompts, answers = rows.tokens(chosen[list(part.places)])
-            batch = collate(
-                prompts,
-                answers,
-                rows.end_of_answer,
-                places=part.places,
-                weight=part.weight,
-                step=number,
-                global_rows=len(chosen),
-                world_size=1,
-                device=device,
-            )
-            naive_loss(model, ffns, batch, answer_tokens).backward()
+        for batch in read_batches(world, settings, rows, chosen, number):
+            naive_loss(model, ffns, batch.to(world.device), answer_tokens).backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.gradient_clipping or float("inf"))
         optimizer.step()
         optimizer.zero_grad()

@@ -6,20 +6,18 @@ take turns. Beside what DeepSpeed handed to its collectives stands what the plan
 
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.speed.children import child_environment, run_module, write_spec
 from pipeline.benchmarks.speed.collectives import KINDS
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.ranks_child import PROBED
 from pipeline.benchmarks.speed.samples import compare, rates
-from pipeline.benchmarks.speed.trainer import GROUP, ROOT, Notes
+from pipeline.benchmarks.speed.trainer import Notes
 from pipeline.data.tokens import PreparedTask
 from pipeline.placement.architecture import load_architecture
 from pipeline.placement.cluster import Placement, Workload
@@ -109,37 +107,7 @@ def train_in_world(
 ) -> dict[str, Any]:
     """One run in a launch of its own; its note. Raises RuntimeError with the end of its output where it fails."""
     stage, ranks = WORLDS[name]
-    folder.mkdir(parents=True)
-    spec = {
-        "world": name,
-        "method": METHOD,
-        "options": {**asdict(options), "deepspeed": str(deepspeed_file(options, stage).resolve())},
-        "contract": prepared.contract.model_dump(mode="json", by_alias=True),
-        "shards": str(shards.resolve()),
-        "work_dir": str(folder.resolve()),
-    }
-    file = folder / "spec.json"
-    file.write_text(json.dumps(spec), encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key not in GROUP}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
-    module = ["pipeline.benchmarks.speed.ranks_child", str(file)]
-    command = [sys.executable, "-m", *module]
-    if ranks > 1:
-        port = ["--master_port", str(_free_port())]
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), *port]
-        command += ["--module", *module]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    note = folder / "note.json"
-    if done.returncode or not note.is_file():  # the launcher can end well after its ranks did not
-        raise RuntimeError(
-            f"training with {name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
-    return json.loads(note.read_text(encoding="utf-8"))
-
-
-def _free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    own = replace(options, deepspeed=str(deepspeed_file(options, stage).resolve()))
+    spec = write_spec(own, prepared, shards, folder, world=name, method=METHOD)
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    return run_module("pipeline.benchmarks.speed.ranks_child", spec, child_environment(OMP_NUM_THREADS=threads), ranks)

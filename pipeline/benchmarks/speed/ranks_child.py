@@ -14,32 +14,22 @@ from typing import Any
 import torch
 
 import pipeline.training.loop as loop
-from data_contracts import TaskContract
-from pipeline.backbones.load import load_tokenizer
 from pipeline.benchmarks.speed.collectives import Collectives
-from pipeline.benchmarks.speed.contenders import build_job, second_increment
+from pipeline.benchmarks.speed.contenders import Spec, train_by_loop
 from pipeline.benchmarks.speed.machine import peak_bytes
-from pipeline.benchmarks.speed.options import SpeedOptions
-from pipeline.config import BackboneConfig
 from pipeline.data.batching import row_order
-from pipeline.data.tokens import open_shards
 from pipeline.placement.distributed import start_world
-from pipeline.training.stop import StopFlag
 
 PROBED = 3  # steps
 
 
 def main(spec_file: str) -> None:
     """Train as the spec says and leave a note."""
-    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
-    options = SpeedOptions.of(spec["options"])
+    spec = Spec.read(spec_file)
+    options = spec.options
     world = start_world()
-    prepared = open_shards(TaskContract.model_validate(spec["contract"]), Path(spec["shards"]))
     counted = range(options.warmup, options.warmup + options.steps)
-    rows = prepared.rows("train", (counted.stop + PROBED) * options.batch_size, options.seed)
-    tokenizer = load_tokenizer(BackboneConfig(path=options.backbone, dtype=options.dtype))
-    job = build_job(options, spec["method"], Path(spec["work_dir"]), world, tokenizer, train=True)
-    start = second_increment(job)
+    rows = spec.prepared.rows("train", (counted.stop + PROBED) * options.batch_size, options.seed)
     steps: list[dict[str, Any]] = []
     passes: list[int] = []
     stock = loop.forward
@@ -51,26 +41,14 @@ def main(spec_file: str) -> None:
     loop.forward = forward
     with Collectives() as collectives:
 
-        def on_step(log) -> None:
+        def on_step(log: loop.StepLog) -> None:
             steps.append({"end": time.perf_counter(), "loss": log.loss, "passes": len(passes), **collectives.taken()})
             passes.clear()
             collectives.probing = len(steps) >= counted.stop
             if collectives.probing:
                 world.barrier()
 
-        loop.train_rows(
-            job.learner,
-            job.method,
-            job.config,
-            rows,
-            start,
-            seed=options.seed,
-            inflight=job.inflight,
-            key="speed",
-            title=spec["world"],
-            stop=StopFlag(),
-            on_step=on_step,
-        )
+        train_by_loop(spec, spec.given["method"], rows, world, on_step=on_step)
     loop.forward = stock
     for step, before in zip(steps[:0:-1], steps[-2::-1], strict=True):
         step["seconds"] = step.pop("end") - before["end"]

@@ -18,7 +18,7 @@ from pipeline.benchmarks.speed.scoring import measure_evaluation
 from pipeline.benchmarks.speed.startup import measure_startup
 from pipeline.benchmarks.speed.steps import measure_steps
 from pipeline.benchmarks.speed.tasks import label_names, most_labels, prepare_task, task_names
-from pipeline.benchmarks.speed.trainer import check_peer, measure_training
+from pipeline.benchmarks.speed.trainer import measure_training
 from pipeline.benchmarks.speed.validation import measure_validation
 from pipeline.config import BackboneConfig
 from pipeline.files import write_atomic
@@ -31,7 +31,7 @@ Reports = dict[str, dict[str, Any]]  # case -> what was measured
 def run_speed(options: SpeedOptions, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure the cases asked for; writes `out` (JSON) and a picture beside it after every case, returns the report.
 
-    Raises UserError, before anything is measured, for a backbone, data or a package that a case cannot do without.
+    Raises UserError, before anything is measured, for a backbone or data that a case cannot do without.
     """
     check(options)
     if not out.parent.is_dir():
@@ -60,8 +60,6 @@ def check(options: SpeedOptions) -> None:
     _, family = skeleton(BackboneConfig(path=options.backbone, dtype=options.dtype))
     if family.routed is not None:
         raise UserError(f"the speed benchmark is for dense backbones; {options.backbone} is a {family.model_type}")
-    if "trainer" in options.cases:
-        check_peer()
     for task in (*(options.tasks or task_names(options.data)), *([options.label_task] if options.label_task else [])):
         label_names(options.data, task)
 

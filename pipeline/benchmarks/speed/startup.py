@@ -7,9 +7,7 @@ began and how long each phase took (`StartClock`, in run.json); what lies before
 import json
 import os
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -19,15 +17,14 @@ from typing import Any
 
 import yaml
 
+from pipeline.benchmarks.speed.children import ROOT, child_environment, launcher, run_child
 from pipeline.benchmarks.speed.contenders import stream_config
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.samples import Samples, compare, summary
 from pipeline.benchmarks.speed.tasks import task_contract
-from pipeline.benchmarks.speed.trainer import ROOT, child_environment
 
 PREPARED, FRESH, TWO_RANKS = "prepared", "not_prepared", "prepared_2_ranks"
 EVALUATED_ROWS = 2  # of validation and of test: the clock has stopped by then
-TIMEOUT = 900  # seconds a launch may take
 Phases = dict[str, float]  # seconds by phase, the launcher's first
 
 
@@ -77,7 +74,7 @@ def prepare_once(options: SpeedOptions, task: str, folder: Path) -> Path:
     work_dir = folder / "prepared"
     stream = write_stream(options, task, work_dir)
     command = [sys.executable, ROOT / "jobs/continual.py", "--stream", stream, "--stages", "validate,prepare"]
-    _run([str(part) for part in command], dict(child_environment()))
+    run_child(command, child_environment())
     return work_dir / "prepared"
 
 
@@ -86,17 +83,10 @@ def launch(stream: Path, work_dir: Path, ranks: int) -> Phases:
 
     Raises RuntimeError with the end of its output where it fails.
     """
-    # the launcher that belongs to this interpreter, not whichever is first on PATH
-    program = shutil.which("deepspeed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     threads = max(1, (os.cpu_count() or 1) // ranks)
+    command = [*launcher(ranks), ROOT / "jobs/continual.py", "--stream", stream]
     began = time.time()
-    _run(
-        [
-            *(program or "deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_free_port())),
-            *(str(ROOT / "jobs/continual.py"), "--stream", str(stream)),
-        ],
-        child_environment() | {"OMP_NUM_THREADS": str(threads)},
-    )
+    run_child(command, child_environment(OMP_NUM_THREADS=threads))
     record = json.loads(next(work_dir.glob("increments/*/run.json")).read_text(encoding="utf-8"))["startup"]
     return {"launcher": record["began"] - began, **dict(record["phases"])}
 
@@ -107,7 +97,7 @@ def import_seconds(repeats: int = 3) -> dict[str, float]:
     From `python -X importtime`, which makes imports about a fifth slower; packages under 50 ms are one entry.
     """
     command = [sys.executable, "-X", "importtime", "-c", "import pipeline.continual"]
-    parsed = [parse_import_times(_run(command, child_environment())) for _ in range(repeats)]
+    parsed = [parse_import_times(run_child(command, child_environment())) for _ in range(repeats)]
     medians = {name: statistics.median(run.get(name, 0.0) for run in parsed) for name in parsed[0]}
     shown = {name: seconds for name, seconds in medians.items() if seconds >= 0.05}
     shown = dict(sorted(shown.items(), key=lambda item: -item[1]))
@@ -122,20 +112,3 @@ def parse_import_times(text: str) -> dict[str, float]:
         if line.startswith("import time:") and own.strip().isdigit():
             seconds[rest.rpartition("|")[2].strip().partition(".")[0]] += int(own) / 1e6
     return dict(seconds)
-
-
-def _run(command: list[str], environment: dict[str, str]) -> str:
-    """Standard error of a command that ends well; RuntimeError with the end of its output otherwise."""
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT
-    )
-    if done.returncode:
-        output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        raise RuntimeError(f"{' '.join(command[:4])} ended with {done.returncode}:\n{output}")
-    return done.stderr
-
-
-def _free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return holder.getsockname()[1]

@@ -32,7 +32,7 @@ def measure_steps(
     batches = Batches(prepared.rows("train", None, options.seed), options.batch_size, options.seed)
     jobs = {name: build_job(options, name, folder / name, world, tokenizer, train=True) for name in OURS}
     contenders = {name: loop_step(job, batches) for name, job in jobs.items()}
-    contenders[NAIVE] = naive_step(jobs[OURS[0]].config, batches, world.device)
+    contenders[NAIVE] = naive_step(jobs[OURS[0]].config, batches, world)
     architecture = load_architecture(options.backbone)
     counted = [batches(number) for number in range(options.warmup, options.warmup + options.repeats)]
     tokens = [int(batches.rows.lengths[chosen].sum()) for chosen in counted]

@@ -4,33 +4,19 @@ Every contender trains in a process of its own, so that its memory is its own an
 turns. All see the same tokenised rows in the same order and batches.
 """
 
-import importlib.util
-import json
-import os
 import statistics
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.speed.children import child_environment, run_module, write_spec
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.samples import compare, rates
 from pipeline.data.tokens import PreparedTask
 
-ROOT = Path(__file__).resolve().parents[3]
-PEER = "peft_trainer"
+PEER = "peft_trainer"  # of `trainer_child`
 CONTENDERS = ("sequential", "moe_cl", PEER)
 Notes = dict[str, list[dict[str, Any]]]  # contender -> what each of its runs left
-# what a process group left in the environment would make the child join it
-GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "CROSS_RANK")
-
-
-def check_peer() -> None:
-    """Raise UserError where the peer's package is missing."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("the case 'trainer' trains with PEFT, which is not installed; run: pip install peft==0.21.2")
 
 
 def measure_training(options: SpeedOptions, prepared: PreparedTask, shards: Path, folder: Path) -> dict[str, Any]:
@@ -69,37 +55,5 @@ def train_in_child(
     options: SpeedOptions, prepared: PreparedTask, shards: Path, contender: str, folder: Path
 ) -> dict[str, Any]:
     """One training run in a new process; its note. Raises RuntimeError with the end of its output where it fails."""
-    spec = write_spec(options, prepared, shards, contender, folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.benchmarks.speed.trainer_child", str(spec)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"training with {contender} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
-    return json.loads(spec.with_name("note.json").read_text(encoding="utf-8"))
-
-
-def child_environment() -> dict[str, str]:
-    """This process's environment without its process group, with the package to be found."""
-    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    return environment
-
-
-def write_spec(options: SpeedOptions, prepared: PreparedTask, shards: Path, contender: str, folder: Path) -> Path:
-    """What `trainer_child.main` reads; the run writes below `folder`."""
-    folder.mkdir(parents=True)
-    spec = {
-        "contender": contender,
-        "options": asdict(options),
-        "contract": prepared.contract.model_dump(mode="json", by_alias=True),
-        "shards": str(shards.resolve()),
-        "work_dir": str(folder.resolve()),
-    }
-    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    return folder / "spec.json"
+    spec = write_spec(options, prepared, shards, folder, contender=contender)
+    return run_module("pipeline.benchmarks.speed.trainer_child", spec, child_environment())

@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_contracts import TaskContract
 from pipeline.backbones.load import load_tokenizer
+from pipeline.benchmarks.speed.contenders import Spec, train_by_loop
 from pipeline.benchmarks.speed.machine import peak_bytes
-from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.config import BackboneConfig
 from pipeline.data.batching import row_order
-from pipeline.data.tokens import RowView, open_shards
+from pipeline.data.tokens import RowView
+from pipeline.placement.distributed import start_world
+from pipeline.training.loop import StepLog
+
+PEER = "peft_trainer"
 
 
 class Clock:
@@ -38,15 +41,16 @@ class Clock:
 
 def main(spec_file: str) -> None:
     """Train as the spec says and leave a note."""
-    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
-    options = SpeedOptions.of(spec["options"])
-    prepared = open_shards(TaskContract.model_validate(spec["contract"]), Path(spec["shards"]))
+    spec = Spec.read(spec_file)
+    options = spec.options
     wanted = (options.warmup + options.steps) * options.batch_size
-    rows = prepared.rows("train", wanted, options.seed)
+    rows = spec.prepared.rows("train", wanted, options.seed)
     order = row_order(len(rows), 1, options.seed)
-    train = train_ours if spec["contender"] != "peft_trainer" else train_peer
     clock = Clock()
-    train(spec["contender"], options, rows, Path(spec["work_dir"]), clock)
+    if spec.given["contender"] == PEER:
+        train_peer(spec, rows, clock)
+    else:
+        train_ours(spec, rows, clock)
     counted = order[options.warmup * options.batch_size :]
     note = {
         "seconds": clock.marks[-1] - clock.marks[options.warmup - 1],
@@ -60,42 +64,19 @@ def main(spec_file: str) -> None:
     Path(spec_file).with_name("note.json").write_text(json.dumps(note), encoding="utf-8")
 
 
-def train_ours(method: str, options: SpeedOptions, rows: RowView, work_dir: Path, clock: Clock) -> None:
-    """The product's own loop on one rank, in the second increment."""
-    from pipeline.benchmarks.speed.contenders import build_job, second_increment
-    from pipeline.placement.distributed import start_world
-    from pipeline.training.loop import train_rows
-    from pipeline.training.stop import StopFlag
-
-    world = start_world()
-    tokenizer = load_tokenizer(BackboneConfig(path=options.backbone, dtype=options.dtype))
-    job = build_job(options, method, work_dir, world, tokenizer, train=True)
-    start = second_increment(job)
-
+def train_ours(spec: Spec, rows: RowView, clock: Clock) -> None:
+    """The product's own loop on one rank."""
     losses: list[float] = []
 
-    def on_step(log) -> None:
+    def on_step(log: StepLog) -> None:
         clock.tick()
         losses.append(log.loss)
 
-    clock.start()
-    train_rows(
-        job.learner,
-        job.method,
-        job.config,
-        rows,
-        start,
-        seed=options.seed,
-        inflight=job.inflight,
-        key="speed",
-        title=method,
-        stop=StopFlag(),
-        on_step=on_step,
-    )
+    train_by_loop(spec, spec.given["contender"], rows, start_world(), on_start=clock.start, on_step=on_step)
     clock.mean_loss = statistics.fmean(losses)
 
 
-def train_peer(_: str, options: SpeedOptions, rows: RowView, work_dir: Path, clock: Clock) -> None:
+def train_peer(spec: Spec, rows: RowView, clock: Clock) -> None:
     """PEFT and Hugging Face's Trainer with its usual settings; what differs from them is named here.
 
     The rows come in our order (`sequential`), nothing is saved or logged, and the adapter has the backbone's dtype.
@@ -113,6 +94,7 @@ def train_peer(_: str, options: SpeedOptions, rows: RowView, work_dir: Path, clo
 
     from pipeline.backbones.families import PROJECTIONS
 
+    options = spec.options
     tokenizer = load_tokenizer(BackboneConfig(path=options.backbone, dtype=options.dtype))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     dtype = getattr(torch, options.dtype)
@@ -134,7 +116,7 @@ def train_peer(_: str, options: SpeedOptions, rows: RowView, work_dir: Path, clo
             clock.tick()
 
     arguments = TrainingArguments(
-        output_dir=str(work_dir / "trainer"),
+        output_dir=str(spec.work_dir / "trainer"),
         per_device_train_batch_size=options.batch_size,
         num_train_epochs=1,
         learning_rate=2e-4,
