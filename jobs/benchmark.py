@@ -2,79 +2,67 @@
 
 python jobs/benchmark.py speed --backbone demo/backbone --data FOLDER --out speed.json --tasks yelp agnews
 python jobs/benchmark.py scale --out scale.json
+python jobs/benchmark.py router --backbone demo/backbone --data FOLDER --out router.json --tasks dbpedia amazon
+python jobs/benchmark.py quality --suite mtl5 --data FOLDER --backbone demo/backbone --out docs/results
 
-FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md and
-docs/SCALE.md say what is measured and how. Exit 0, or 2 after a message on what to mend.
+FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md,
+docs/SCALE.md and docs/RESULTS.md say what is measured and how. Exit 0, 2 after a message on what to mend, 75 where
+`quality` was stopped: the same command goes on.
 """
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from data_contracts.errors import UserError
-from pipeline.benchmarks.scale.options import ScaleOptions
-from pipeline.benchmarks.speed.options import CASES, SpeedOptions
+from pipeline.benchmarks.quality import options as quality
+from pipeline.benchmarks.router import options as router
+from pipeline.benchmarks.scale import options as scale
+from pipeline.benchmarks.speed import options as speed
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; returns the exit code."""
-    options = parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
-        return options.run(options)
+        return given.run(given)
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
 
 
 def parser() -> argparse.ArgumentParser:
-    """The benchmarks and their options; defaults are those of `SpeedOptions` and `ScaleOptions`."""
+    """The benchmarks; each one's options are declared beside its options class."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarks = made.add_subparsers(dest="benchmark", required=True)
-    add_scale(benchmarks.add_parser("scale", help="cost of an increment after a thousand others"))
-    speed = benchmarks.add_parser("speed", help="time against peers")
-    speed.set_defaults(run=speed_benchmark)
-    default = {field.name: field.default for field in fields(SpeedOptions)}
-    add = speed.add_argument
-    add("--backbone", required=True, metavar="B", help="folder of a dense backbone")
-    add("--data", required=True, metavar="FOLDER", help="folder with one folder a task")
-    add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
-    add("--cases", nargs="+", default=CASES, metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
-    add("--tasks", nargs="+", default=(), metavar="TASK", help="tasks to train on; `step` and `startup` take the first")
-    add("--label-task", metavar="TASK", help="task to score (default: the one with most labels)")
-    add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
-    add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
-    for name, text in (
-        ("repeats", "timed rounds of every case"),
-        ("warmup", "rounds, and steps of a trainer run, that are not counted"),
-        ("steps", "counted steps of a trainer run"),
-        ("batch_size", "rows of an optimizer step"),
-        ("max_tokens", "of a row; longer texts are cut"),
-        ("rank", "of the LoRA experts"),
-        ("rows", "rows answered a round"),
-        ("answer_tokens", "most tokens of a generated answer"),
-        ("validation_rows", "synthetic rows that are validated"),
+    for name, text, add_options, run in (
+        ("speed", "time against peers", speed.add_options, speed_benchmark),
+        ("scale", "cost of an increment after a thousand others", scale.add_options, scale_benchmark),
+        ("router", "how often the task router finds a text's task", router.add_options, router_benchmark),
+        ("quality", "methods against each other on benchmark streams", quality.add_options, quality_benchmark),
     ):
-        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help=f"{text} (%(default)s)")
+        benchmark = benchmarks.add_parser(name, help=text)
+        benchmark.set_defaults(run=run)
+        add_options(benchmark)
     return made
 
 
-def add_scale(scale: argparse.ArgumentParser) -> None:
-    """The options of `scale`."""
-    scale.set_defaults(run=scale_benchmark)
-    add, default = scale.add_argument, {field.name: field.default for field in fields(ScaleOptions)}
-    add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
-    add("--work-dir", metavar="W", help="where the increments go, and stay (default: a temporary folder)")
-    add("--no-mlflow", dest="mlflow", action="store_false", help="do not record the increments in MLflow")
-    for name in ("increments", "earlier_tasks", "rows", "batch_size", "width", "layers", "rank"):
-        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help="(%(default)s)")
+def speed_benchmark(given: argparse.Namespace) -> int:
+    """`speed`: measure, write, print."""
+    options = speed.SpeedOptions.of(vars(given))
+    from pipeline.benchmarks.speed.report import as_table
+    from pipeline.benchmarks.speed.run import run_speed  # the imports cost seconds: arguments come first
+
+    print(as_table(run_speed(options, given.out)))
+    print(f"\nwritten: {given.out} and {given.out.with_suffix('.png')}")
+    return 0
 
 
 def scale_benchmark(given: argparse.Namespace) -> int:
     """`scale`: measure, write, print."""
-    options = ScaleOptions.of(vars(given))
+    options = scale.ScaleOptions.of(vars(given))
     from pipeline.benchmarks.scale.report import as_table
     from pipeline.benchmarks.scale.run import run_scale
 
@@ -83,15 +71,23 @@ def scale_benchmark(given: argparse.Namespace) -> int:
     return 0
 
 
-def speed_benchmark(given: argparse.Namespace) -> int:
-    """`speed`: measure, write, print."""
-    options = SpeedOptions.of(vars(given))
-    from pipeline.benchmarks.speed.report import as_table
-    from pipeline.benchmarks.speed.run import run_speed  # the imports cost seconds: arguments come first
+def router_benchmark(given: argparse.Namespace) -> int:
+    """`router`: measure, write, print."""
+    options = router.RouterOptions.of(vars(given))
+    from pipeline.benchmarks.router.report import as_table
+    from pipeline.benchmarks.router.run import run_router
 
-    print(as_table(run_speed(options, given.out)))
-    print(f"\nwritten: {given.out} and {given.out.with_suffix('.png')}")
+    print(as_table(run_router(options, given.out)))
+    print(f"\nwritten: {given.out}")
     return 0
+
+
+def quality_benchmark(given: argparse.Namespace) -> int:
+    """`quality`: run or continue, write, print."""
+    options = quality.QualityOptions.of(vars(given))
+    from pipeline.benchmarks.quality.command import run_command
+
+    return run_command(options)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A method's options are a pydantic model `Options` in the method's own file, foun
 """
 
 import copy
+import functools
 import importlib
 import pkgutil
 import re
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_contracts.errors import UserError
+from pipeline.files import canonical_json, sha256_file, sha256_text
 
 
 class Section(BaseModel):
@@ -64,6 +66,12 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = False
 
 
+class ReviewConfig(Section):
+    """Which rows may be decided without a person: score thresholds chosen on validation (METHODS section 5)."""
+
+    target_precision: float = Field(gt=0, le=1)  # share of right answers wanted among the rows that are decided
+
+
 class EvaluationConfig(Section):
     """How rows are scored after an increment."""
 
@@ -71,6 +79,21 @@ class EvaluationConfig(Section):
     baselines: tuple[Literal["zero_shot", "tfidf"], ...] = ()  # measured beside each new task, same rows
     # most earlier tasks an increment scores again, drawn by seed and increment; the others stay pinned. null: all
     earlier_tasks: int | None = Field(None, ge=0)
+    review: ReviewConfig | None = None  # null: no thresholds, every row counts alike
+
+
+class RouterConfig(Section):
+    """The task router, which serves rows whose task nobody names: ridge regression onto task ids (METHODS section 3).
+
+    It reads the raw text through the frozen first layers of the backbone. Every increment keeps features^2 numbers.
+    """
+
+    layers: int = Field(4, ge=1)  # decoder layers that read the text
+    features: int = Field(2000, ge=1)  # random ReLU features; 2000 keep 32 MB
+    regularisation: float = Field(10.0, gt=0)  # of the ridge regression
+    max_tokens: int = Field(256, ge=1)  # of a text that are read
+    rows: int | None = Field(5000, ge=1)  # most training rows of a task that are read, drawn by seed; null takes all
+    seed: int = Field(17, ge=0, lt=2**31)  # of the random features
 
 
 class GateConfig(Section):
@@ -99,9 +122,11 @@ class StreamConfig(Section):
     backbone: BackboneConfig
     tasks: tuple[str, ...] = Field(min_length=1)  # contract files, in the order they are learned
     method: dict[str, Any]
+    start_from: dict[str, str] = {}  # task -> PEFT adapter folder that its LoRA expert starts from, when it is new
     rows: RowsConfig = RowsConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    router: RouterConfig | None = None  # null: a task is named with every row; no time and no bank file is spent
     gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: str = "deepspeed_configs/zero3.json"
@@ -131,14 +156,28 @@ class StreamConfig(Section):
 
     def learning(self) -> dict[str, Any]:
         """What decides the learned numbers: no paths, hosts, addresses or placement (DESIGN section 7)."""
-        return {
+        started = {task: adapter_digest(folder) for task, folder in self.start_from.items()}
+        return ({"start_from": started} if started else {}) | {
             "seed": self.seed,
             "method": self.method,
             "rows": self.rows.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json", exclude={"save_every", "activation_checkpointing"}),
             "evaluation": self.evaluation.model_dump(mode="json"),
+            "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
         }
+
+
+@functools.lru_cache(maxsize=64)
+def adapter_digest(folder: str) -> str:
+    """sha256 over the bytes of a PEFT adapter folder's two files. Raises UserError where one cannot be read."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    try:
+        return sha256_text(canonical_json({name: sha256_file(Path(folder) / name) for name in names}))
+    except OSError as error:
+        raise UserError(
+            f"start_from: {error.filename} cannot be read ({error.strerror}); restore the folder"
+        ) from error
 
 
 def method_names() -> list[str]:

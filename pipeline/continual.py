@@ -19,6 +19,8 @@ from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
 from pipeline.config import StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
+from pipeline.evaluation.review_cost import REVIEW
+from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic
 from pipeline.increments import check_same_model, check_sampling, inputs_key, measurable, next_increment, standing
@@ -30,6 +32,7 @@ from pipeline.stages.gate import gate
 from pipeline.stages.job import Job, leaving_no_garbage
 from pipeline.stages.prepare import prepare
 from pipeline.stages.register import Context, register
+from pipeline.stages.route import learn_router, with_router
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
 from pipeline.startup import StartClock
@@ -37,6 +40,7 @@ from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker
+from pipeline.training.adapter_folder import check_start_from, check_started_tasks
 from pipeline.training.loop import StepLog
 from pipeline.training.stop import StopFlag, StoppedOnRequest
 
@@ -54,6 +58,8 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
     method = build_method(config)
     check_before_loading(config, method.plan)
     check_sampling(config, method)
+    check_start_from(config, method)
+    check_router(config.router, load_config(config.backbone))
     tokenizer = load_tokenizer(config.backbone)
     clock.passed("checks")
     world = start_world()
@@ -150,9 +156,12 @@ def learn(
     job.seconds["step"] = statistics.median(step_seconds) if step_seconds else 0.0
     stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
     sample = config.evaluation.earlier_tasks, config.seed
+    at_hand = measurable(prepared, task, history, job.learning_digest) if config.router else {}
+    with job.timed("router"):
+        router, trained = with_router(trained, learn_router(job, increment, at_hand))
     with job.timed("evaluate"):
         scored = measurable(prepared, task, history, job.learning_digest, *sample)
-        evaluated = evaluate(job, increment, scored, trained)
+        evaluated = evaluate(job, increment, scored, trained, router, at_hand)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(config.gate, task.task, evaluated.row, history.row)
     context = Context(history, backbone, key, run_id, started, getpass.getuser(), startup)
@@ -199,6 +208,7 @@ def prepare_tasks(
             raise result
     check_task_names([contract for contract, _ in results])
     names = [contract.task for contract, _ in results]
+    check_started_tasks(config, names)
     if until is not None and until not in names:
         raise UserError(f"--until {until}: the stream has no such task; it has {', '.join(names)}")
     floors = config.gate.min_metric if isinstance(config.gate.min_metric, dict) else {}
@@ -255,7 +265,9 @@ def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
     """Tell MLflow of a published increment: row, heat map, manifest, registered version."""
     folder = work_dir / "increments" / manifest.folder
     tracker.log_row(manifest.row)
-    tracker.log_artifacts([folder / "report.png", folder / "row.json", folder / "manifest.json"])
+    tracker.log_row(manifest.row_inferred, "row_inferred")
+    names = ("report.png", "row.json", "manifest.json", *([REVIEW] if REVIEW in manifest.files else []))
+    tracker.log_artifacts([folder / name for name in names])
     tracker.register(manifest)
     tracker.finish()
 

@@ -1,5 +1,6 @@
 """What the chain says about the next increment. Functions of its history and the task at hand."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -8,9 +9,11 @@ from data_contracts.errors import UserError
 from pipeline.config import StreamConfig
 from pipeline.data.tokens import PreparedTask
 from pipeline.files import canonical_json, sha256_text
-from pipeline.methods.protocol import Increment, Method
+from pipeline.methods.protocol import Bundle, Increment, Method
 from pipeline.stages.job import Job
+from pipeline.stages.route import router_of
 from pipeline.tracking.history import History
+from pipeline.tracking.manifest import ROUTER
 
 
 def check_sampling(config: StreamConfig, method: Method) -> None:
@@ -96,12 +99,19 @@ def next_increment(job: Job, task: str, history: History) -> Increment:
         task=task,
         seed=job.config.seed,
         bundles=history.bundles,
-        states=history.state,
+        states=without_router(history.state),
         order=tuple(history.learned),
+        router=router_of(history.state),
     )
     needed = {name: increment.states[name]["state"] for name in job.method.states_needed(increment)}
     files = job.read_bank(list(needed.values()))
     return increment.with_states({name: files[digest] for name, digest in needed.items()})
+
+
+def without_router(states: Mapping[str, Bundle]) -> dict[str, Bundle]:
+    """The states that are a method's own, by task."""
+    own = {task: {name: sha for name, sha in names.items() if name != ROUTER} for task, names in states.items()}
+    return {task: names for task, names in own.items() if names}
 
 
 def inputs_key(job: Job, task: PreparedTask, history: History, backbone: dict[str, str]) -> str:

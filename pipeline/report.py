@@ -8,6 +8,7 @@ from pipeline.config import StreamConfig
 from pipeline.data.batching import num_steps
 from pipeline.data.tokens import PreparedTask
 from pipeline.evaluation import matrix
+from pipeline.evaluation.review_cost import REVIEW
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import full_shape
@@ -47,12 +48,42 @@ def final_report(config: StreamConfig, history: History, tracking_uri: str) -> N
     print(matrix.render_table(tasks, rows, baseline_rows(increments / history.learned[t].folder for t in tasks), names))
     if len(tasks) < len(history.learned):
         print(f"the newest {len(tasks)} of {len(history.learned)} tasks; every row stands in its increment's row.json")
+    print_router([increments / history.learned[task].folder for task in tasks])
     print()
     for line in metric_lines(history):
+        print(line)
+    for line in review_lines(increments / history.learned[tasks[-1]].folder):
         print(line)
     print(f"heat map     {increments / history.learned[tasks[-1]].folder / 'report.png'}")
     print(f"MLflow       {tracking_uri}")
     print(f"  open it:   {how_to_open(tracking_uri)}", flush=True)
+
+
+def print_router(folders: list[Path]) -> None:
+    """The accuracy matrix once more with the task of every row chosen by the router, where there is one."""
+    records = [json.loads((folder / "row.json").read_text()) for folder in folders]
+    tasks, rows, names = matrix_of((record["task"], record.get("test_inferred", {})) for record in records)
+    if any(score is not None for row in rows for score in row):
+        print("\nthe same, the task of every row chosen by the router\n")
+        print(matrix.render_table(tasks, rows, None, names))
+    if routing := records[-1].get("routing"):
+        total = sum(sum(chosen.values()) for chosen in routing.values())
+        right = sum(chosen.get(task, 0) for task, chosen in routing.items())
+        print(
+            f"\nrouted to their own task after {records[-1]['task']}: {100 * right / total:.2f} % of {total} test rows"
+        )
+
+
+def review_lines(folder: Path) -> list[str]:
+    """Per task the share of test rows that need no review, and how many of these are right, after an increment."""
+    if not (folder / REVIEW).is_file():
+        return []
+    lines = []
+    for task, record in json.loads((folder / REVIEW).read_text()).items():
+        share, precision = record["test"]["stripping_rate"], record["test"]["precision"]
+        right = "" if precision is None else f", {100 * precision:.1f} % of them right"
+        lines.append(f"decided      {task} {100 * share:.1f} %{right} (target {100 * record['target_precision']:g} %)")
+    return lines
 
 
 def metric_lines(history: History) -> list[str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from data_contracts import TaskContract, UserError
 from pipeline.backbones.load import backbone_digest, load_tokenizer
 from pipeline.config import StreamConfig, build_method, override_config
+from pipeline.evaluation.review_cost import Thresholds
 from pipeline.experts.bank import Bank
-from pipeline.files import canonical_json, sha256_text
-from pipeline.methods.protocol import Bundle
+from pipeline.methods.protocol import Bundle, bundle_digest
 from pipeline.placement.distributed import start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
+from pipeline.review import read_review
 from pipeline.stages.job import Job
 from pipeline.tracking.chain import Champion, fold, load_chain
 from pipeline.tracking.manifest import Manifest
@@ -43,6 +44,17 @@ class Served:
         if contract.digest != manifest.contract.digest:
             raise UserError(f"{path} was altered: it is not the contract of increment {manifest.increment}; restore it")
         return contract
+
+    def thresholds(self, task: str) -> Thresholds | None:
+        """From which scores on the answers of the task's bundle may be decided, by class; None where no increment
+        measured it.
+        """
+        digest = bundle_digest(self.bundle(task))
+        for manifest in self.chain:
+            record = read_review(self.job.work_dir, manifest).get(task) if manifest.verdict == "promoted" else None
+            if record is not None:
+                return record["thresholds"] if record["bundle"] == digest else None
+        return None
 
 
 def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] = ()) -> Served:
@@ -85,8 +97,3 @@ def read_config(work_dir: Path, manifest: Manifest, overrides: Sequence[str]) ->
         raise UserError(f"{path}: cannot be read ({error}); restore it from a backup") from error
     learned = {key: manifest.learning[key] for key in ("method", "rows", "evaluation", "seed")}
     return override_config({**raw, **learned, "work_dir": str(work_dir)}, overrides, str(path))
-
-
-def bundle_digest(bundle: Bundle) -> str:
-    """One digest for a bundle: sha256 of its canonical JSON."""
-    return sha256_text(canonical_json(bundle))

@@ -10,7 +10,16 @@ from pydantic import BaseModel
 
 from data_contracts import load_contract
 from data_contracts.errors import UserError
-from pipeline.config import StreamConfig, build_method, load_stream, method_module, method_names, override_config
+from pipeline.config import (
+    ReviewConfig,
+    RouterConfig,
+    StreamConfig,
+    build_method,
+    load_stream,
+    method_module,
+    method_names,
+    override_config,
+)
 from pipeline.placement.learner import engine_config, read_deepspeed_config
 from tests.helpers import make_stream, stream_dict
 
@@ -20,17 +29,22 @@ DEEPSPEED = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 
 # An option that comes, goes or is renamed shows here: streams in the field name them.
 OPTIONS = """
-    stream work_dir data_roots tasks deepspeed seed
+    stream work_dir data_roots tasks start_from deepspeed seed
     backbone.path backbone.dtype backbone.revision backbone.trust_remote_code
     rows.train rows.validation rows.test
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
     training.routed_learning_rate training.weight_decay training.warmup_fraction training.gradient_clipping
     training.save_every training.activation_checkpointing
-    evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks
+    evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks evaluation.review
+    router
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
     method
 """
+OPTIONAL_OPTIONS = {  # of sections that may be null
+    ReviewConfig: "target_precision",
+    RouterConfig: "layers features regularisation max_tokens rows seed",
+}
 LORA = "lora.rank lora.alpha lora.dropout lora.targets"
 METHOD_OPTIONS = {
     "moe_cl": f"""{LORA} gate warm_start adversary.weight adversary.outputs adversary.negatives
@@ -66,6 +80,8 @@ def stream(tmp_path) -> Path:
 
 def test_the_list_of_options_is_frozen():
     assert option_names(StreamConfig) == set(OPTIONS.split())
+    for section, names in OPTIONAL_OPTIONS.items():
+        assert option_names(section) == set(names.split())
 
 
 def test_the_list_of_method_options_is_frozen():

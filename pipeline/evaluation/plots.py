@@ -10,7 +10,7 @@ from pipeline.files import write_atomic
 
 _LARGEST_ANNOTATED = 20  # rows or columns; beyond, numbers would overlap and the colours alone are shown
 _LIGHT, _DARK = "#f2f6fb", "#10427a"
-_COLOURS = LinearSegmentedColormap.from_list("score", [_LIGHT, "#7fa8d6", _DARK])
+COLOURS = LinearSegmentedColormap.from_list("score", [_LIGHT, "#7fa8d6", _DARK])
 
 
 def heat_map(
@@ -32,7 +32,7 @@ def heat_map(
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.add_subplot()
     points = [[float("nan") if value is None else 100 * value for value in row] for row in R]
-    image = axes.imshow(points, cmap=_COLOURS, vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(points, cmap=COLOURS, vmin=0, vmax=100, aspect="auto")
     axes.set_facecolor("#e6e6e6")  # cells without a score
     axes.set_xticks(range(columns), tasks, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(rows), names)

@@ -20,6 +20,7 @@ from pipeline.data.collate import MicroBatch
 from pipeline.data.mixing import plain_batches
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.dual_ffn import ExpertFFN
+from pipeline.files import canonical_json, sha256_text
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source
 from pipeline.tensor_files import TensorFile
@@ -44,6 +45,11 @@ def past_of(bundle: Bundle) -> list[str]:
     return [bundle[name] for name in sorted(names, key=lambda name: int(name.removeprefix(PAST)))]
 
 
+def bundle_digest(bundle: Bundle) -> str:
+    """One digest for a bundle: sha256 of its canonical JSON."""
+    return sha256_text(canonical_json(bundle))
+
+
 class RetentionOptions(Section):
     """What earlier tasks are served with after an increment (METHODS section 2)."""
 
@@ -63,6 +69,7 @@ class Increment:
     states: Mapping[str, Bundle]  # {task: {state name: bank digest}}
     order: tuple[str, ...] = ()  # learned tasks, oldest first
     state_tensors: Mapping[str, Tensors] = field(default_factory=dict)  # {task: tensors} of the states asked for
+    router: str | None = None  # bank digest of the champion's task router, which is no method's affair
 
     @property
     def latest(self) -> Bundle:

@@ -70,6 +70,12 @@ class World:
         torch.distributed.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor on the CPU over the ranks; the tensor itself may be overwritten."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, group=self.control)
+        return tensor
+
     def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Rank 0's tensors, on CPU, on every rank; the other ranks pass None."""
         if self.size == 1:

@@ -15,14 +15,29 @@ def run_batches(
     The batches depend on the lengths and the world size alone; rank r takes every world-size-th of them from the r-th
     on. A rank without a batch left repeats the shortest row and drops the result. Collective.
     """
+    done: list[tuple[list[int], Any]] = []
+    each_batch(world, lengths, batch_tokens, work, lambda rows, result: done.append((rows, result)))
+    return [item for part in world.gather(done) for item in part]
+
+
+def each_batch(
+    world: World,
+    lengths: Sequence[int],
+    batch_tokens: int,
+    work: Callable[[list[int]], Any],
+    keep: Callable[[list[int], Any], None],
+) -> None:
+    """The same, each result handed to `keep(rows, result)` on the rank that made it: nothing is gathered, every row
+    counts once. Collective where `work` is.
+    """
     longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches = cut(longest_first, lengths, len(lengths), fair_budget(sum(lengths), batch_tokens, world.size))
     own = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
-    done = [(rows, work(rows)) for rows in own]
+    for rows in own:
+        keep(rows, work(rows))
     for _ in range(rounds - len(own)):
         work([longest_first[-1]])
-    return [item for part in world.gather(done) for item in part]
 
 
 def fair_budget(tokens: int, batch_tokens: int, world_size: int) -> int:

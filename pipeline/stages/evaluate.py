@@ -11,8 +11,11 @@ from data_contracts import TaskContract
 from pipeline.benchmarks.baselines import tfidf_score, zero_shot_score
 from pipeline.data.tokens import SPLITS, PreparedTask, RowView
 from pipeline.evaluation.answers import Answers, answer_rows, row_scores, task_score
-from pipeline.methods.protocol import Bundle, Increment, Method
+from pipeline.evaluation.review_cost import ScoredRows, review_record
+from pipeline.evaluation.task_router import TaskRouter
+from pipeline.methods.protocol import Bundle, Increment, Method, bundle_digest
 from pipeline.stages.gate import ROUNDING
+from pipeline.stages.infer import Inferred, infer
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
 
@@ -29,10 +32,20 @@ class Evaluated:
     predictions: dict[str, pa.Table]  # test, by task
     retention: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each earlier task was decided
     baselines: dict[str, float] = field(default_factory=dict)  # of the new task, test
+    inferred: Inferred = field(default_factory=Inferred)  # the row without task ids
+    review: dict[str, dict[str, Any]] = field(default_factory=dict)  # thresholds and review cost, by task
 
 
-def evaluate(job: Job, increment: Increment, tasks: Mapping[str, PreparedTask], trained: Trained) -> Evaluated:
-    """Measure the new task and every earlier one whose data the stream has. Collective; the same on every rank.
+def evaluate(
+    job: Job,
+    increment: Increment,
+    tasks: Mapping[str, PreparedTask],
+    trained: Trained,
+    router: TaskRouter | None = None,
+    unscored: Mapping[str, PreparedTask] | None = None,
+) -> Evaluated:
+    """Measure the new task and every earlier one in `tasks`; the router may also send rows to those in `unscored`.
+    Collective; the same on every rank.
 
     Earlier tasks are pinned, moved, or moved if better on validation, as the method's retention says; test data only
     ever measures.
@@ -57,16 +70,26 @@ def evaluate(job: Job, increment: Increment, tasks: Mapping[str, PreparedTask], 
                 lambda bundle, task=task: score(task, bundle, "validation"),
             )
     serving[new] = trained.bundle
-    row, validation_row, predictions = {}, {}, {}
+    row, validation_row, predictions, review = {}, {}, {}, {}
     for task, bundle in serving.items():
         validation_row[task] = score(task, bundle, "validation").score
         test = score(task, bundle, "test")
         row[task] = test.score
         predictions[task] = test.answers.table(test.rows.column("row_id"), test.rows.column("reference"))
+        if job.config.evaluation.review is not None and test.answers.label_scores is not None:
+            review[task] = review_record(
+                score(task, bundle, "validation").scored(),
+                test.scored(),
+                list(test.contract.labels),
+                job.config.evaluation.review.target_precision,
+                bundle_digest(bundle),
+            )
         if job.world.is_main:
             print(f"  {task}: validation {100 * validation_row[task]:.1f}, test {100 * row[task]:.1f}", flush=True)
+    known = {task: score(task, bundle, "test").answers for task, bundle in serving.items()}
+    inferred = infer(job, router, {**(unscored or {}), **tasks}, {**increment.bundles, **serving}, known)
     changed = {task: bundle for task, bundle in serving.items() if increment.bundles.get(task) != bundle}
-    return Evaluated(row, validation_row, changed, predictions, retention, baselines(job, tasks[new]))
+    return Evaluated(row, validation_row, changed, predictions, retention, baselines(job, tasks[new]), inferred, review)
 
 
 def retain(
@@ -109,6 +132,10 @@ class Measured:
     def row_scores(self) -> np.ndarray:
         """The metric row by row, (rows,)."""
         return row_scores(self.contract, self.answers, self.rows.column("reference"), self.rows.column("text"))
+
+    def scored(self) -> ScoredRows:
+        """Answers, their scores and the references, for review cost."""
+        return ScoredRows.of(self.answers.answers, self.answers.scores, self.rows.column("reference"))
 
 
 def measure(job: Job, prepared: PreparedTask, bundle: Bundle, split: str) -> Measured:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.tokens import PreparedTask
+from pipeline.evaluation.review_cost import REVIEW
 from pipeline.files import canonical_json, sha256_file, write_atomic
 from pipeline.methods.protocol import PAST, Increment
 from pipeline.stages.evaluate import Evaluated
@@ -23,6 +24,8 @@ from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.matrix_rows import SHOWN, matrix_of, newest_rows
 from pipeline.tracking.versions import code_digest, library_versions
+
+INFERRED = "predictions_inferred"  # folder of the predictions without task ids
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def register(
         bank={name: sha for name, sha in trained.bundle.items() if not name.startswith(PAST)} | trained.state,
         state=trained.state if verdict.promoted else {},
         row=evaluated.row,
+        row_inferred=evaluated.inferred.row,
         validation_row=evaluated.validation_row,
         files=files,
         gate=verdict.to_dict() | {"retention": evaluated.retention},
@@ -100,7 +104,9 @@ def stage_files(
     verdict: Verdict,
     context: Context,
 ) -> None:
-    """Every file of the increment but manifest.json and run.json: row, contract, predictions, heat map."""
+    """Every file of the increment but manifest.json and run.json: row, contract, predictions, thresholds,
+    heat map.
+    """
     row = {
         "increment": increment.number,
         "task": increment.task,
@@ -109,12 +115,17 @@ def stage_files(
         "baselines": evaluated.baselines,
         "retention": evaluated.retention,
     }
+    if evaluated.inferred.row:
+        row |= {"test_inferred": evaluated.inferred.row, "routing": evaluated.inferred.routing}
     write_atomic(folder / "row.json", canonical_json(row).encode())
+    if evaluated.review:
+        write_atomic(folder / REVIEW, canonical_json(evaluated.review).encode())
     write_atomic(
         folder / "contract.json", canonical_json(prepared.contract.model_dump(mode="json", by_alias=True)).encode()
     )
-    for task, table in evaluated.predictions.items():
-        write_atomic(folder / "predictions" / f"{task}.parquet", parquet_bytes(table))
+    for place, tables in (("predictions", evaluated.predictions), (INFERRED, evaluated.inferred.predictions)):
+        for task, table in tables.items():
+            write_atomic(folder / place / f"{task}.parquet", parquet_bytes(table))
     from pipeline.evaluation.plots import heat_map  # matplotlib: rank 0 alone draws, once an increment is learned
 
     learned = newest_rows(context.history.learned, SHOWN)

@@ -1,5 +1,6 @@
 """Stage 3: train the active experts on one task; what they became goes into the bank."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,8 @@ from pipeline.experts.lora import initial_value
 from pipeline.methods.protocol import PAST, PAST_WEIGHTS, Bundle, Increment, Tensors
 from pipeline.placement.state import full_shape, gather_values, stream_values, write_weights
 from pipeline.stages.job import Job
-from pipeline.tensor_files import Experts, TensorFile
+from pipeline.tensor_files import Experts, TensorFile, write_tensors
+from pipeline.training.adapter_folder import start_tensors, started_role
 from pipeline.training.loop import StepLog, train_rows
 from pipeline.training.pooled import pooled_statistics
 from pipeline.training.stop import StopFlag
@@ -190,7 +192,30 @@ def start_values(job: Job, increment: Increment, chosen: Mapping[str, str | None
     """
     named = job.method.start(increment) if chosen is None else chosen
     files = {component: job.open_bank(digest) for component, digest in named.items() if digest}
+    files |= from_adapter(job, increment)
     shapes = {name: full_shape(parameter) for name, parameter in job.learner.parameters.items()}
     start = Start(files, f"{job.config.seed}/{increment.number}", shapes, {})
     unpublished = [name for name in shapes if name.partition("/")[0] not in job.method.published()]
     return replace(start, drawn={name: start.read(name) for name in unpublished})
+
+
+def from_adapter(job: Job, increment: Increment) -> dict[str, TensorFile]:
+    """The adapter that the stream names for a task which is new, as a file of its LoRA expert beside the in-flight
+    state; nothing for any other task. Collective.
+    """
+    task = increment.task
+    if task not in job.config.start_from or task in increment.bundles:
+        return {}
+    role, path = started_role(job.method.plan), job.inflight / "start.safetensors"
+    shapes = {name: tuple(full_shape(parameter)) for name, parameter in job.learner.components[role].items()}
+
+    def convert() -> None:
+        tensors = start_tensors(job.config, job.method, task, shapes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")  # the file itself may be open already
+        write_tensors(temporary, shapes, sorted(tensors.items()), None)
+        os.replace(temporary, path)
+        print(f"  {role} expert starts from {job.config.start_from[task]}", flush=True)
+
+    job.world.on_main(convert)
+    return {role: TensorFile(path)}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.manifest import Manifest
-from pipeline.tracking.registry import CANDIDATE, CHAMPION, MANIFEST_TAG, Registry, run_tags, version_tags
+from pipeline.tracking.registry import CANDIDATE, CHAMPION, MANIFEST_TAG, Registry, row_metrics, run_tags, version_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -83,10 +83,10 @@ def _run_differences(registry: Registry, version: "ModelVersion", manifest: Mani
     expected = run_tags(manifest) | {key: version.tags.get(key) for key in ("stream", "work_dir")}
     found = {key: run.data.tags.get(key) for key in expected}
     differences = [f"run: {difference}" for difference in _tag_differences(found, expected)]
-    for task, score in sorted(manifest.row.items()):
-        logged = run.data.metrics.get(f"row.{task}")
+    for name, score in sorted(row_metrics(manifest).items()):
+        logged = run.data.metrics.get(name)
         if logged != score:
-            differences.append(f"run: metric row.{task} is {logged}, the manifest says {score}")
+            differences.append(f"run: metric {name} is {logged}, the manifest says {score}")
     return differences
 
 

@@ -23,7 +23,17 @@ from data_contracts.errors import UserError
 from pipeline.config import describe
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file, write_atomic
-from pipeline.tracking.manifest import MANIFEST, RUN, Manifest, Record, RoleName, Sha256, TaskName, parse_manifest
+from pipeline.tracking.manifest import (
+    MANIFEST,
+    ROUTER,
+    RUN,
+    Manifest,
+    Record,
+    RoleName,
+    Sha256,
+    TaskName,
+    parse_manifest,
+)
 
 CHAMPION = "champion.json"
 INCREMENTS = "increments"
@@ -128,9 +138,20 @@ def take_over(bundles: dict[str, dict[str, str]], state: dict[str, dict[str, str
         return False
     bundles.update(manifest.bundles)
     state.pop(manifest.task, None)
+    replace_router(state, manifest)
     if manifest.state:
         state[manifest.task] = manifest.state
     return True
+
+
+def replace_router(state: dict[str, dict[str, str]], manifest: Manifest) -> None:
+    """Take the router out of a table of states, by task, in place, where the increment brings a newer one: it is one
+    for all tasks and stands with the task it learned last.
+    """
+    for task in [task for task, names in state.items() if ROUTER in names] if ROUTER in manifest.state else []:
+        state[task] = {name: sha for name, sha in state[task].items() if name != ROUTER}
+        if not state[task]:
+            del state[task]
 
 
 def champion_differences(found: Champion, expected: Champion) -> list[str]:

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -26,6 +27,7 @@ from pipeline.config import describe
 from pipeline.files import canonical_json, sha256_bytes, sha256_text
 
 MANIFEST = "manifest.json"
+ROUTER = "router"  # name of the task router among an increment's state
 RUN = "run.json"  # beside the manifest, outside the chain
 
 
@@ -122,7 +124,8 @@ class Manifest(Record):
     bundles: dict[TaskName, dict[RoleName, Sha256]]  # only those this increment changed
     bank: dict[RoleName, Sha256]  # everything it put into the bank, also when rejected
     state: dict[RoleName, Sha256]  # method state carried on
-    row: dict[TaskName, Score]  # this row of R, on test
+    row: dict[TaskName, Score]  # this row of R, on test, the task of every row known
+    row_inferred: dict[TaskName, Score] = Field(default_factory=dict)  # the same, the task chosen by the router
     validation_row: dict[TaskName, Score]
     files: dict[FileName, Sha256]  # every other file of the increment's folder except run.json
     gate: PlainDict
@@ -137,6 +140,11 @@ class Manifest(Record):
         if self.learning_digest != sha256_text(canonical_json(self.learning)):
             raise ValueError("learning_digest is not the sha256 of learning in canonical JSON")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_router(self, handler) -> dict[str, Any]:
+        """A stream without a router has no second row, not an empty one."""
+        return {key: value for key, value in handler(self).items() if key != "row_inferred" or value}
 
     def to_bytes(self) -> bytes:
         """The file's content: canonical JSON in UTF-8."""

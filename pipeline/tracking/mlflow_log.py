@@ -23,6 +23,7 @@ from pipeline.tracking.registry import (
     default_uri,
     equals,
     open_client,
+    row_metrics,
     run_tags,
     version_tags,
 )
@@ -122,9 +123,9 @@ class Tracker:
         """Log numbers of one training step."""
         self._metrics(self._run_id(), step, metrics)
 
-    def log_row(self, row: Mapping[str, float]) -> None:
-        """Log this increment's row of R as `row.<task>`, on its run and on the stream's (a curve over increments)."""
-        metrics = {f"row.{task}": score for task, score in row.items()}
+    def log_row(self, row: Mapping[str, float], name: str = "row") -> None:
+        """Log this increment's row of R as `<name>.<task>`, on its run and on the stream's, as a curve."""
+        metrics = {f"{name}.{task}": score for task, score in row.items()}
         self._metrics(self._run_id(), self.number, metrics)
         self._metrics(self.parent.info.run_id, self.number, metrics)
 
@@ -150,7 +151,7 @@ class Tracker:
         for key, value in run_tags(manifest).items():
             self.client.set_tag(run_id, key, value)
         logged = self.client.get_run(run_id).data.metrics
-        missing = {f"row.{task}": score for task, score in manifest.row.items() if f"row.{task}" not in logged}
+        missing = {name: score for name, score in row_metrics(manifest).items() if name not in logged}
         self._metrics(run_id, manifest.increment, missing)
         version = self._version(manifest, run)
         for alias in [CANDIDATE] + [CHAMPION] * (manifest.verdict == "promoted"):

@@ -85,6 +85,12 @@ def version_tags(manifest: Manifest) -> dict[str, str]:
     }
 
 
+def row_metrics(manifest: Manifest) -> dict[str, float]:
+    """The metrics of a manifest's run that the audit holds against it: its row of R, with task ids and without."""
+    rows = {"row": manifest.row, "row_inferred": manifest.row_inferred}
+    return {f"{name}.{task}": score for name, row in rows.items() for task, score in row.items()}
+
+
 def run_tags(manifest: Manifest) -> dict[str, str]:
     """The tags of a manifest's run: it is found by the manifest's sha256."""
     return {

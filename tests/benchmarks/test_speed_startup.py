@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.benchmarks.children import run_child
 from pipeline.benchmarks.speed import startup
-from pipeline.benchmarks.speed.children import run_child
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.report import as_table
 from pipeline.config import load_stream

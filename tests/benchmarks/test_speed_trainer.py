@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_contracts.errors import UserError
-from pipeline.benchmarks.speed.children import write_spec
+from pipeline.benchmarks.speed.contenders import write_spec
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.tasks import prepare_task
 from pipeline.benchmarks.speed.trainer import PEER, measure_training, train_in_child

@@ -22,6 +22,7 @@ from tests.jobs.two_ranks import Shared, Stopped, share_a_launch, stop_by_signal
 
 # file -> the launches it looks at
 NEEDS = {
+    "test_adapters": {"methods"},
     "test_bad_input": {"learned", "on_one_rank", "on_two_ranks"},
     "test_predict": {"learned", "on_one_rank", "on_two_ranks"},
     "test_retention": {"learned", "on_two_ranks", "methods"},
@@ -29,6 +30,7 @@ NEEDS = {
     "test_stop": {"learned", "stopped", "on_two_ranks"},
     "test_stream": {"learned"},
     "test_tampering": {"learned"},
+    "test_task_free": {"methods", "routed"},
     "test_versions": {"history"},
 }
 

@@ -3,10 +3,14 @@
 import shutil
 from pathlib import Path
 
-from tests.jobs.launch import Done, run_many
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.jobs.launch import Case, Done, run_many
 from tests.jobs.streams import LEARNING, TASKS, Inputs, stream_of
 
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.0}
+TASK_FREE = {"router": {"layers": 2, "features": 64}, "evaluation": {"review": {"target_precision": 0.6}}}
 FAST = {"epochs": 6, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2}
 
 
@@ -23,7 +27,7 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
     streams = {
         "follow": (follow, once),
         "follow_one_gate": (follow | {"gate": "shared"}, once),
-        "sequential": (sequential, {"training": FAST}),
+        "sequential": (sequential, {"training": FAST, **TASK_FREE}),
         "guarded": (sequential, {"training": FAST, "gate": {"max_regression": 0.1}}),
         "per_task": ({"name": "per_task", "lora": LORA}, once),
         "zero_shot": ({"name": "zero_shot"}, once),
@@ -39,11 +43,32 @@ def learn_by_methods(inputs: Inputs, folder: Path) -> dict[str, tuple[Path, Done
         name: stream_of(inputs, folder / name, TASKS[:2], method, **sections)
         for name, (method, sections) in streams.items()
     }
+    cases["started"] = started(inputs, folder / "started")
     for work_dir, _ in cases.values():  # creating MLflow's database takes seconds: one empty one serves all
         work_dir.mkdir()
         shutil.copy(empty_database(folder), work_dir / "mlflow.db")
+    cases |= asking(inputs, cases["sequential"][0], folder)
     done = run_many([case for _, case in cases.values()], folder / "out")
     return {name: (work_dir, result) for (name, (work_dir, _)), result in zip(cases.items(), done, strict=True)}
+
+
+def started(inputs: Inputs, folder: Path) -> tuple[Path, Case]:
+    """A stream whose first task starts from the PEFT adapter folder `adapter` beside its work_dir and hardly moves."""
+    model = AutoModelForCausalLM.from_pretrained(inputs.backbone)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["gate_proj", "up_proj", "down_proj"])
+    config.init_lora_weights = False  # B is random, not zero
+    get_peft_model(model, config).save_pretrained(folder.with_name("adapter"))
+    method = {"name": "per_task", "lora": {"rank": 3, "alpha": 6, "dropout": 0.0}}
+    sections = {"training": {"learning_rate": 1e-12}, "start_from": {"first": str(folder.with_name("adapter"))}}
+    return stream_of(inputs, folder, TASKS[:1], method, **sections)
+
+
+def asking(inputs: Inputs, work_dir: Path, folder: Path) -> dict[str, tuple[Path, Case]]:
+    """Commands on the work_dir of `sequential`; {name: (what they write, command)}."""
+    out, data = folder / "auto.parquet", inputs.root / "first" / "test.parquet"
+    auto = ["--work-dir", work_dir, "--task", "auto", "--data", data, "--out", out]
+    review = ["--work-dir", work_dir, "--task", "first", "--review", 1, 2]
+    return {"auto": (out, Case("predict", auto)), "review": (work_dir, Case("evaluate", review))}
 
 
 def empty_database(folder: Path) -> Path:

@@ -39,6 +39,7 @@ ON_FOUR_RANKS = {
     "zero3_ep4": ("hunyuan_v1_moe", "zero3_ep4", MOE_CL),
     "zero2_ep4": ("hunyuan_v1_moe", "zero2_ep4", MOE_CL),
 }
+ROUTER = {"layers": 2, "features": 48}  # of zero3_ep2
 # with the game on, with old data, with earlier experts; the others learn one
 TWO_TASKS = ("zero3_ep2", "zero2_ep2", "replay", "multitask", "ewc", "olora", "mocl", "moses", "moses_zero2")
 MISTAKES = {
@@ -76,6 +77,8 @@ def learn_routed(inputs: Inputs, folder: Path) -> Routed:
             "training": {"epochs": 1, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-2},
             "deepspeed": str(ROOT / "deepspeed_configs" / f"{deepspeed}.json"),
         }
+        if name == "zero3_ep2":
+            sections["router"] = ROUTER
         stream = make_stream(folder / name / "s.yaml", folder / name / "work", backbone, inputs.root, tasks, **sections)
         arguments = ["--stream", stream, "--set", f"method={json.dumps(method)}", "--until", until]
         return Case("continual", arguments, folder / name / "work")

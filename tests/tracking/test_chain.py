@@ -68,6 +68,22 @@ def test_a_task_learned_again_replaces_its_bundle_and_state(by_hand):
     assert fold([first, Manifest(**again | {"state": {"s": new}})]).state == {"tweets": {"s": new}}
 
 
+def test_a_newer_router_takes_the_place_of_the_older_one_wherever_that_stood(by_hand):
+    old, new, own = by_hand.sha("old router"), by_hand.sha("new router"), by_hand.sha("own")
+
+    def manifest(number, task, parent, state, verdict="promoted"):
+        fields = {"increment": number, "task": task, "parent": parent, "state": state, "verdict": verdict}
+        return Manifest(**by_hand.fields(**fields, bank=state))
+
+    first = manifest(1, "tweets", None, {"state": own, "router": old})
+    second = manifest(2, "reviews", first.sha256, {"router": new})
+    rejected = manifest(2, "reviews", first.sha256, {}, "rejected")
+    without = manifest(3, "mails", second.sha256, {})
+    assert fold([first, second]).state == {"tweets": {"state": own}, "reviews": {"router": new}}
+    assert fold([first, rejected]).state == {"tweets": {"state": own, "router": old}}
+    assert fold([first, second, without]).state == {"tweets": {"state": own}, "reviews": {"router": new}}
+
+
 def test_bundles_and_state_that_an_increment_does_not_change_stay(by_hand):
     old, new = "1" * 64, "2" * 64
     first = Manifest(

@@ -96,3 +96,12 @@ def test_bytes_that_say_the_same_in_another_form_are_refused(by_hand):
     for other in (data + b"\n", data.replace(b",", b", ", 1), data.replace(b'"increment":1', b'"increment":1.0')):
         with pytest.raises(UserError, match=r"manifest\.json"):
             parse_manifest(other, "manifest.json")
+
+
+def test_a_row_without_task_ids_stands_in_the_manifest_only_where_it_was_measured(by_hand):
+    known = Manifest(**by_hand.fields())
+    assert b"row_inferred" not in known.to_bytes()  # a stream without a router writes what it always wrote
+    both = Manifest(**by_hand.fields(row_inferred={"product_reviews": 0.5}))
+    assert b'"row_inferred":{"product_reviews":0.5}' in both.to_bytes()
+    for manifest in (known, both):
+        assert parse_manifest(manifest.to_bytes(), "here") == manifest

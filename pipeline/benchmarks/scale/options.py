@@ -1,5 +1,6 @@
 """What `jobs/benchmark.py scale` is asked to measure."""
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -51,3 +52,13 @@ class ScaleOptions:
         """First and last increment of the two windows that are compared; shorter where the run is short."""
         size = min(WINDOW, (self.increments - 1) // 2)
         return {"first": (FIRST[0], FIRST[0] + size - 1), "last": (self.increments - size + 1, self.increments)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `scale`; defaults are those of `ScaleOptions`."""
+    add, default = parser.add_argument, {field.name: field.default for field in fields(ScaleOptions)}
+    add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
+    add("--work-dir", metavar="W", help="where the increments go, and stay (default: a temporary folder)")
+    add("--no-mlflow", dest="mlflow", action="store_false", help="do not record the increments in MLflow")
+    for name in ("increments", "earlier_tasks", "rows", "batch_size", "width", "layers", "rank"):
+        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help="(%(default)s)")

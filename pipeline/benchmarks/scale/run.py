@@ -15,10 +15,10 @@ from typing import Any
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer
+from pipeline.benchmarks.machine import describe_machine, describe_software, load_average
 from pipeline.benchmarks.scale.options import ScaleOptions
 from pipeline.benchmarks.scale.report import draw, summarise
 from pipeline.benchmarks.scale.synthetic import make_backbone, make_task
-from pipeline.benchmarks.speed.machine import describe_machine, describe_software, load_average
 from pipeline.config import StreamConfig, build_method
 from pipeline.continual import backbone_record, learn
 from pipeline.data.tokens import PreparedTask

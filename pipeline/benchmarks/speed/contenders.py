@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,23 @@ def earlier_state(num_layers: int, width: int) -> Tensors:
     }
 
 
+def write_spec(options: SpeedOptions, prepared: PreparedTask, shards: Path, folder: Path, **more: Any) -> Path:
+    """What a training child reads (`Spec`); the run writes below `folder`."""
+    folder.mkdir(parents=True)
+    spec = {
+        "options": asdict(options),
+        "contract": prepared.contract.model_dump(mode="json", by_alias=True),
+        "shards": str(shards.resolve()),
+        "work_dir": str(folder.resolve()),
+        **more,
+    }
+    (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder / "spec.json"
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What a training child was asked for, from the file that `children.write_spec` made."""
+    """What a training child was asked for, from the file that `write_spec` made."""
 
     given: dict[str, Any]
     options: SpeedOptions

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmarks.speed.children import child_environment, run_module
+from pipeline.benchmarks.children import child_environment, run_module
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.samples import compare, rates
 

@@ -1,5 +1,6 @@
 """What `jobs/benchmark.py speed` is asked to measure."""
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -51,3 +52,29 @@ class SpeedOptions:
     def public(self) -> dict[str, Any]:
         """The settings for the report: numbers and names, no paths."""
         return {name: value for name, value in asdict(self).items() if name not in ("backbone", "data", "deepspeed")}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `speed`; defaults are those of `SpeedOptions`."""
+    default = {field.name: field.default for field in fields(SpeedOptions)}
+    add = parser.add_argument
+    add("--backbone", required=True, metavar="B", help="folder of a dense backbone")
+    add("--data", required=True, metavar="FOLDER", help="folder with one folder a task")
+    add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
+    add("--cases", nargs="+", default=CASES, metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    add("--tasks", nargs="+", default=(), metavar="TASK", help="tasks to train on; `step` and `startup` take the first")
+    add("--label-task", metavar="TASK", help="task to score (default: the one with most labels)")
+    add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
+    add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
+    for name, text in (
+        ("repeats", "timed rounds of every case"),
+        ("warmup", "rounds, and steps of a trainer run, that are not counted"),
+        ("steps", "counted steps of a trainer run"),
+        ("batch_size", "rows of an optimizer step"),
+        ("max_tokens", "of a row; longer texts are cut"),
+        ("rank", "of the LoRA experts"),
+        ("rows", "rows answered a round"),
+        ("answer_tokens", "most tokens of a generated answer"),
+        ("validation_rows", "synthetic rows that are validated"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=int, default=default[name], metavar="N", help=f"{text} (%(default)s)")

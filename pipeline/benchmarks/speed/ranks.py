@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import UserError
-from pipeline.benchmarks.speed.children import child_environment, run_module, write_spec
+from pipeline.benchmarks.children import child_environment, run_module
 from pipeline.benchmarks.speed.collectives import KINDS
+from pipeline.benchmarks.speed.contenders import write_spec
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.ranks_child import PROBED
 from pipeline.benchmarks.speed.samples import compare, rates

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import pipeline.training.loop as loop
+from pipeline.benchmarks.machine import peak_bytes
 from pipeline.benchmarks.speed.collectives import Collectives
 from pipeline.benchmarks.speed.contenders import Spec, train_by_loop
-from pipeline.benchmarks.speed.machine import peak_bytes
 from pipeline.data.batching import row_order
 from pipeline.placement.distributed import start_world
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer, skeleton
+from pipeline.benchmarks.machine import describe_machine, describe_software, load_average, peak_bytes
 from pipeline.benchmarks.speed.data import measure_data
-from pipeline.benchmarks.speed.machine import describe_machine, describe_software, load_average, peak_bytes
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.ranks import measure_ranks
 from pipeline.benchmarks.speed.report import draw

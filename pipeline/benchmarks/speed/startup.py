@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.benchmarks.speed.children import ROOT, child_environment, launcher, run_child
+from pipeline.benchmarks.children import ROOT, child_environment, launcher, run_child
 from pipeline.benchmarks.speed.contenders import stream_config
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.samples import Samples, compare, summary

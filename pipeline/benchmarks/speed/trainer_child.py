@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.load import load_tokenizer
+from pipeline.benchmarks.machine import peak_bytes
 from pipeline.benchmarks.speed.contenders import Spec, train_by_loop
-from pipeline.benchmarks.speed.machine import peak_bytes
 from pipeline.config import BackboneConfig
 from pipeline.data.batching import row_order
 from pipeline.data.tokens import RowView

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 from data_contracts import TaskContract
 from data_contracts.checks import check_values, mark, no_reasons
 from data_contracts.readers import BATCH_ROWS, as_text, read_batches
-from pipeline.benchmarks.speed.machine import peak_bytes
+from pipeline.benchmarks.machine import peak_bytes
 from pipeline.benchmarks.speed.options import SpeedOptions
 from pipeline.benchmarks.speed.samples import compare, interleave, rates, summary
 from pipeline.data.ingest import examine

@@ -1,0 +1,157 @@
+"""What a finished stream says, as the record that a cell keeps.
+
+Answers are kept row by row, so that intervals can be computed later without a new run: of a classification task a
+string with a character a row, the label's place in `ALPHABET`; of a generation task a list of the rows' scores in
+thousandths. Rows stand in the order of their ids.
+"""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from pipeline.benchmarks.quality.cells import FORMAT, Cell
+from pipeline.benchmarks.quality.launch import AHEAD, WORK, total_seconds
+from pipeline.evaluation import metrics
+from pipeline.experts.bank import Bank
+from pipeline.tracking.chain import load_chain, take_over
+from pipeline.tracking.manifest import Manifest
+
+ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
+Answers = str | list[int]
+
+
+def collect(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The record of a cell whose stream is learned."""
+    work_dir = folder / WORK
+    manifests = sorted(load_chain(work_dir), key=lambda manifest: manifest.increment)
+    tasks = [manifest.task for manifest in manifests]
+    last = read_predictions(work_dir, manifests[-1])
+    texts = {sample.task.name: {r["id"]: r["text"] for r in sample.splits["test"]} for sample in cell.samples.values()}
+    contracts = {contract["task"]: contract for contract in cell.contracts().values()}
+    rows = {task: sorted(table) for task, table in last.items()}
+    record = {
+        "format": FORMAT,
+        "digest": cell.digest,
+        "suite": cell.suite,
+        "setting": cell.setting.name,
+        "order": cell.order,
+        "tasks": tasks,
+        "deciding": {key: value for key, value in cell.deciding.items() if key != "contracts"},
+        "kinds": {task: [contracts[task]["kind"], contracts[task]["metric"]] for task in tasks},
+        "labels": {task: list(contracts[task]["labels"] or ()) for task in tasks},
+        "R": [[manifest.row.get(task) for task in tasks] for manifest in manifests],
+        "R_validation": [[manifest.validation_row.get(task) for task in tasks] for manifest in manifests],
+        "references": {
+            task: encode_labels(contracts[task], [last[task][row]["reference"] for row in rows[task]])
+            for task in tasks
+            if contracts[task]["kind"] == "classification"
+        },
+        "kept_rows": {m.task: {split: record.kept for split, record in m.data.items()} for m in manifests},
+        "retention": [m.gate["retention"] for m in manifests],
+        "steps": [m.training["steps"] for m in manifests],
+        "versions": manifests[-1].versions,
+        "ranks": cell.options.ranks,
+        "wall_seconds": round(total_seconds(folder), 1),
+        **cost(work_dir, manifests),
+    }
+    ahead = read_answers(work_dir / AHEAD)
+    answers, subset = [], {task: mask(rows[task], own) for task, own in ahead.items()}
+    for manifest in manifests:
+        table = last if manifest is manifests[-1] else read_predictions(work_dir, manifest)
+        answers.append({task: encode(contracts[task], own, texts[task]) for task, own in table.items()})
+        if manifest is not manifests[-1]:
+            subset |= {task: mask(rows[task], own) for task, own in table.items()}
+    before = {task: encode(contracts[task], own, texts[task]) for task, own in ahead.items()}
+    return {**record, "answers": answers, "answers_ahead": before, "stream_rows": subset}
+
+
+def mask(rows: list[str], measured: dict[str, Any]) -> str:
+    """Which of the rows were measured, a 0 or 1 a row."""
+    return "".join("01"[row in measured] for row in rows)
+
+
+def read_predictions(work_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, str]]]:
+    """By task and row id the answer and the reference on test after an increment."""
+    return read_answers(work_dir / "increments" / manifest.folder / "predictions")
+
+
+def read_answers(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """The same from a folder with a file a task."""
+    found = {}
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path, columns=["row_id", "answer", "reference"]).to_pylist()
+        found[path.stem] = {row["row_id"]: row for row in table}
+    return found
+
+
+def encode(contract: dict[str, Any], rows: dict[str, dict[str, str]], texts: dict[str, str]) -> Answers:
+    """The answers of a task in the order of the row ids: label characters, or scores in thousandths."""
+    ids = sorted(rows)
+    if contract["kind"] == "classification":
+        return encode_labels(contract, [rows[row]["answer"] for row in ids])
+    match = contract.get("answer_match", "full")
+    scores = [
+        metrics.score(
+            contract["metric"],
+            [rows[row]["answer"]],
+            [rows[row]["reference"]],
+            answer_match=match,
+            sources=[texts[row]],
+        )
+        for row in ids
+    ]
+    return [round(1000 * score) for score in scores]
+
+
+def encode_labels(contract: dict[str, Any], names: list[str]) -> str:
+    """One character a label."""
+    place = {name: ALPHABET[index] for index, name in enumerate(contract["labels"])}
+    return "".join(place[name] for name in names)
+
+
+def cost(work_dir: Path, manifests: list[Manifest]) -> dict[str, Any]:
+    """Parameters and bytes by increment, and seconds by part over all of them.
+
+    `trained_parameters` are those of the experts and gates an increment publishes; `published_bytes` what it adds to
+    the bank; `served_bytes` all files that some task is served with, or that the method carries on, after it.
+    """
+    bank = Bank(work_dir / "bank")
+    size = {sha: bank.path(sha).stat().st_size for manifest in manifests for sha in manifest.bank.values()}
+    parameters, published, served, seconds = [], [], [], {}
+    seen: set[str] = set()
+    bundles: dict[str, dict[str, str]] = {}
+    state: dict[str, dict[str, str]] = {}
+    for manifest in manifests:
+        take_over(bundles, state, manifest)
+        new = {sha for sha in manifest.bank.values() if sha not in seen}
+        seen |= new
+        published.append(sum(size[sha] for sha in new))
+        named = {sha for table in (bundles, state) for own in table.values() for sha in own.values()}
+        served.append(sum(size[sha] for sha in named))
+        experts = {sha for name, sha in manifest.bank.items() if name != "state"}
+        parameters.append(sum(num_elements(bank.path(sha)) for sha in experts))
+        run = json.loads((work_dir / "increments" / manifest.folder / "run.json").read_text(encoding="utf-8"))
+        for part, value in run["seconds"].items():
+            seconds[part] = round(seconds.get(part, 0.0) + value, 1)
+    return {
+        "trained_parameters": parameters,
+        "published_bytes": published,
+        "served_bytes": served,
+        "seconds": seconds,
+    }
+
+
+def num_elements(path: Path) -> int:
+    """Numbers in a safetensors file, from its header."""
+    total = 0
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118
+            count = 1
+            for length in file.get_slice(name).get_shape():
+                count *= length
+            total += count
+    return total
