@@ -265,7 +265,6 @@ def test_served_answers_are_those_of_the_trained_model_and_never_change(name, mo
     assert all(not one.equal(other) for n, one in enumerate(distinct) for other in distinct[:n])
 
 
-@torch.no_grad()
 def test_a_bundle_is_served_where_no_parameter_is_at_hand(monkeypatch):
     stream = Stream("llama", OPTIONS, monkeypatch)
     stream.learn("one", prompts_like(*ALIKE), steps=1)
