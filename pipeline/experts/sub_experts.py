@@ -54,7 +54,7 @@ class SparsePair(LoraPair):
         self, weight_shape: tuple[int, ...], rank: int, pool: SubExperts, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(weight_shape, pool.number * rank, dtype, device)
-        self.sub_experts = pool
+        self.sub_experts, self.rank = pool, rank
         experts = weight_shape[:-2]
         a, b = (blocks.detach() for blocks in self.blocks(self.lora_A, self.lora_B))
         self.shapes = a.shape, b.shape  # of the blocks, also while ZeRO-3 keeps the parameters cut up
@@ -72,8 +72,7 @@ class SparsePair(LoraPair):
     def joined(self, a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (..., k * R, in), (..., out, k * R) of chosen blocks (..., k, N), weighed by (..., k)."""
         b = b * weights.unsqueeze(-1).to(b.dtype)
-        rank = self.lora_A.shape[-2] // self.sub_experts.number
-        a, b = (t.unflatten(-1, (rank, -1)).flatten(-3, -2) for t in (a, b))
+        a, b = (t.unflatten(-1, (self.rank, -1)).flatten(-3, -2) for t in (a, b))
         return a, b.mT
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:

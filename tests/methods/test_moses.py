@@ -265,6 +265,15 @@ def test_served_answers_are_those_of_the_trained_model_and_never_change(name, mo
     assert all(not one.equal(other) for n, one in enumerate(distinct) for other in distinct[:n])
 
 
+def test_a_bundle_is_served_where_no_parameter_is_at_hand(monkeypatch):
+    stream = Stream("llama", OPTIONS, monkeypatch)
+    stream.learn("one", prompts_like(*ALIKE), steps=1)
+    expected = stream.logits("one")
+    for parameter in stream.learner.parameters.values():
+        parameter.data = torch.empty(0)  # as ZeRO-3 leaves it
+    assert stream.logits("one").equal(expected)
+
+
 def test_claimed_parameters_are_published_once_and_read_to_the_bit(monkeypatch):
     stream = Stream("llama", OPTIONS, monkeypatch)
     seen: dict[str, torch.Tensor] = {}
