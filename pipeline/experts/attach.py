@@ -14,7 +14,8 @@ from pipeline.backbones.families import PROJECTIONS, Family
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.linear import ExpertLinear
 from pipeline.experts.lora import LoraExpert, LoraOptions, LoraPair, targeted_projections
-from pipeline.experts.sub_experts import SparsePair, SubExperts
+from pipeline.experts.pool import SubExperts
+from pipeline.experts.sub_experts import SparsePair
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,13 @@ Legend: E routed experts (a leading dimension where there are any), K sub-expert
 above.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from pipeline.experts.lora import LoraPair
-
-
-@dataclass(frozen=True)
-class SubExperts:
-    """Shape of the pool on every adapted weight."""
-
-    number: int = 4  # K
-    top_k: int = 2  # sub-experts that a task chooses
-    density: float = 0.25  # share of a chosen sub-expert's parameters that a task's mask holds
+from pipeline.experts.pool import SubExperts, num_kept
 
 
 @dataclass
@@ -113,11 +104,6 @@ def choose(match: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
 def taken(blocks: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """The chosen sub-experts' blocks: (..., K, N), (..., k) -> (..., k, N)."""
     return torch.take_along_dim(blocks, chosen.unsqueeze(-1), dim=-2)
-
-
-def num_kept(size: int, density: float) -> int:
-    """Parameters of `size` that a mask of that density holds: at least one."""
-    return min(size, max(1, math.ceil(density * size - 1e-9)))  # 0.07 * 100 is a hair above 7
 
 
 def keep_mask(scores: torch.Tensor, density: float) -> torch.Tensor:

@@ -33,8 +33,9 @@ from pipeline.config import Section
 from pipeline.experts.attach import ExpertPlan, pairs_of
 from pipeline.experts.claims import SIDES, Claim, claim_tensors, masked_values, read_claim, tensor_bytes
 from pipeline.experts.lora import SCORE_SPREAD, LoraOptions, initial_value
+from pipeline.experts.pool import SubExperts
 from pipeline.experts.prompt_state import nearness, prompt_state
-from pipeline.experts.sub_experts import Claims, SubExperts, choose, keep_mask, taken
+from pipeline.experts.sub_experts import Claims, choose, keep_mask, taken
 from pipeline.methods.protocol import Increment, Packed, PlainLora, RetentionOptions, Study, Tensors, past_of
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import experts_of, own_value, whole_over_experts

@@ -9,7 +9,7 @@ import fnmatch
 from dataclasses import dataclass, field
 
 from data_contracts.errors import UserError
-from pipeline.experts.sub_experts import SubExperts, num_kept
+from pipeline.experts.pool import SubExperts, num_kept
 from pipeline.placement.architecture import Architecture, TensorSpec
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

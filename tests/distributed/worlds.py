@@ -25,6 +25,7 @@ from tests.helpers import make_task, save_backbone, stream_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
+FORKED = ROOT / "tests" / "forked.py"
 LIMIT = 240  # seconds a launch may take: about one in fifty hangs without a message
 STEPS, BATCH, ROWS, CLIPPING = 5, 8, 37, 1.2  # the last global batch has 5 rows: one rank runs a spare pass
 STOP_AFTER = 3
@@ -205,9 +206,7 @@ def start_ranks(ranks: int, plan: Path, log: Path, worker: Path = WORKER, limit:
     """Run a worker; raises LaunchFailed with the log's end. Nothing of it lives on afterwards."""
     command = [sys.executable, str(worker), str(plan)]
     if ranks > 1:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        port = ["--master_port", str(free_port())]
-        command = [launcher, "--num_accelerators", str(ranks), *port, str(worker), str(plan)]
+        command = [sys.executable, str(FORKED), str(ranks), str(free_port()), str(worker), str(plan)]
     places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in places and "SLURM" not in name}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -79,10 +79,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(script: str, *arguments: object, ranks: int = 0) -> Iterator[Running]:
-    """Start a script with `deepspeed` on `ranks` ranks, or with plain python (0); afterwards its session is gone."""
+def started(script: str, *arguments: object, ranks: int = 0, forked: bool = False) -> Iterator[Running]:
+    """Start a script with `deepspeed` on `ranks` ranks, or forked (tests/forked.py), or with plain python (0 ranks);
+    afterwards its session is gone.
+    """
     launcher = [sys.executable]
-    if ranks:
+    if ranks and forked:
+        launcher += ["tests/forked.py", str(ranks), str(free_port())]
+    elif ranks:
         launcher = [
             str(Path(sys.executable).with_name("deepspeed")),
             *("--num_accelerators", str(ranks), "--master_port", str(free_port())),
@@ -105,28 +109,30 @@ def started(script: str, *arguments: object, ranks: int = 0) -> Iterator[Running
             _STARTED.discard(process)
 
 
-def run(script: str, *arguments: object, ranks: int = 0, timeout: float = TIMEOUT) -> Done:
+def run(script: str, *arguments: object, ranks: int = 0, forked: bool = False, timeout: float = TIMEOUT) -> Done:
     """Start a command and wait for its end."""
-    with started(script, *arguments, ranks=ranks) as running:
+    with started(script, *arguments, ranks=ranks, forked=forked) as running:
         return running.finish(timeout)
 
 
 def run_many(cases: Sequence[Case], folder: Path, *, ranks: int = 0, timeout: float = TIMEOUT) -> list[Done]:
-    """Run commands one after another in one launch (tests/jobs/many.py); `folder` takes what they leave."""
+    """Run commands one after another in one process a rank (tests/jobs/many.py), the ranks forked; `folder` takes what
+    they leave.
+    """
     folder.mkdir(parents=True)
     listed = [
         {"job": case.job, "arguments": list(map(str, case.arguments)), "watch": case.watch and str(case.watch)}
         for case in cases
     ]
     (folder / "cases.json").write_text(json.dumps(listed))
-    launch = run("tests/jobs/many.py", folder / "cases.json", folder, ranks=ranks, timeout=timeout)
+    launch = run("tests/jobs/many.py", folder / "cases.json", folder, ranks=ranks, forked=True, timeout=timeout)
     results = []
     for number in range(len(cases)):
         files = [folder / f"{number}.{rank}.json" for rank in range(max(1, ranks))]
         assert all(file.is_file() for file in files), f"case {number} did not end\n{launch.text}"
         done = [Done(**json.loads(file.read_text())) for file in files]
         results.append(Done(done[0].code, done[0].stdout, done[0].stderr, done[0].files, tuple(done[1:])))
-    assert launch.code == results[-1].code, launch.text  # the launcher passes a rank's exit code on
+    assert launch.code == results[-1].code, launch.text  # a rank's exit code is passed on
     return results
 
 

@@ -10,7 +10,8 @@ from data_contracts.errors import UserError
 from pipeline.experts.attach import pairs_of
 from pipeline.experts.claims import claim_tensors, masked_values, pack_bits, read_claim, unpack_bits
 from pipeline.experts.lora import LoraOptions, initial_value
-from pipeline.experts.sub_experts import SparsePair, SubExperts, choose, keep_mask, num_kept
+from pipeline.experts.pool import SubExperts, num_kept
+from pipeline.experts.sub_experts import SparsePair, choose, keep_mask
 from pipeline.methods import moses
 from pipeline.methods.protocol import Increment, past_of
 from pipeline.placement.state import Whole

@@ -9,7 +9,7 @@ from pipeline.config import method_module, method_names
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.bank import Bank
 from pipeline.experts.lora import LoraOptions
-from pipeline.experts.sub_experts import SubExperts
+from pipeline.experts.pool import SubExperts
 from pipeline.placement.architecture import read_architecture
 from pipeline.placement.trainable import ROLES, MethodChoice, bank_growth, trainable_of
 from tests.helpers import light_learner, tiny_llama
