@@ -142,7 +142,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed instead of giving it back to the system, on a machine whose tensors it allocates.
 
     By default every tensor above 128 KB is mapped afresh and each of its pages faults once, which costs a fourth of
-    an expert network's time. A process then holds what it held at its peak. A library without `mallopt` is left alone.
+    an expert network's time. A process then holds what it held at its peak, until `return_freed_memory`. A library
+    without `mallopt` is left alone.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -150,3 +151,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 64 << 20)
+
+
+def return_freed_memory() -> None:
+    """Give what is freed back to the system, between increments: it lies scattered among what is not, and more pages of
+    it would be in use after each. A library without `malloc_trim` is left alone.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

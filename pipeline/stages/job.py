@@ -14,7 +14,7 @@ from pipeline.config import StreamConfig
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, sha256_text
 from pipeline.methods.protocol import PAST, PAST_WEIGHTS, Bundle, Method, own_of, past_of
-from pipeline.placement.distributed import World
+from pipeline.placement.distributed import World, return_freed_memory
 from pipeline.placement.learner import Learner
 from pipeline.startup import StartClock
 from pipeline.tensor_files import TensorFile
@@ -33,6 +33,7 @@ def leaving_no_garbage() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+        return_freed_memory()
 
 
 @dataclass
