@@ -109,9 +109,13 @@ def next_increment(job: Job, task: str, history: History) -> Increment:
 
 
 def without_router(states: Mapping[str, Bundle]) -> dict[str, Bundle]:
-    """The states that are a method's own, by task."""
-    own = {task: {name: sha for name, sha in names.items() if name != ROUTER} for task, names in states.items()}
-    return {task: names for task, names in own.items() if names}
+    """The states that are a method's own, by task: the one entry that holds the router is replaced, however many."""
+    held = {
+        task: {name: sha for name, sha in names.items() if name != ROUTER}
+        for task, names in states.items()
+        if ROUTER in names
+    }
+    return {**states, **held}
 
 
 def inputs_key(job: Job, task: PreparedTask, history: History, backbone: dict[str, str]) -> str:

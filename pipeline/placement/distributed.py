@@ -154,8 +154,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give what is freed back to the system, between increments: it lies scattered among what is not, and more pages of
-    it would be in use after each. A library without `malloc_trim` is left alone.
+    """Give what is freed back to the system, between increments: the next one need not hold what the last one held at
+    its peak. A library without `malloc_trim` is left alone.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
