@@ -29,6 +29,9 @@ ON_TWO_RANKS = {
             ("moses", "zero3_ep2", {}),
         )
     },
+    "hunyuan_sequential": ("hunyuan_v1_moe", "zero3_ep2", {"name": "sequential", "lora": LORA}),
+    "hunyuan_per_task": ("hunyuan_v1_moe", "zero2_ep2", {"name": "per_task", "lora": LORA}),
+    "hunyuan_zero_shot": ("hunyuan_v1_moe", "zero3_ep2", {"name": "zero_shot"}),
     "moses_zero2": ("hunyuan_v1_moe", "zero2_ep2", {"name": "moses", "lora": LORA}),
     "per_task": ("qwen3_moe", "zero3_ep2", {"name": "per_task", "lora": LORA | {"targets": ["experts.*", "v_proj"]}}),
     # ranks route differently: without leaf modules they would wait for each other's weights for ever
@@ -40,8 +43,8 @@ ON_FOUR_RANKS = {
     "zero2_ep4": ("hunyuan_v1_moe", "zero2_ep4", MOE_CL),
 }
 ROUTER = {"layers": 2, "features": 48}  # of zero3_ep2
-# with the game on, with old data, with earlier experts; the others learn one
-TWO_TASKS = ("zero3_ep2", "zero2_ep2", "replay", "multitask", "ewc", "olora", "mocl", "moses", "moses_zero2")
+# every method on the Hunyuan family; the other families learn one
+TWO_TASKS = tuple(name for name, (family, *_) in ON_TWO_RANKS.items() if family == "hunyuan_v1_moe")
 MISTAKES = {
     "too_many": ("hunyuan_v1_moe", "zero3_ep4", MOE_CL),  # on two ranks
     "dense": (None, "zero3_ep2", MOE_CL),

@@ -27,6 +27,12 @@ def test_every_method_is_run_here():
     assert methods == {method["name"] for _, _, method in LEARNED.values()}
 
 
+def test_every_method_learns_two_tasks_on_a_hunyuan_mixture_shared_out_over_two_ranks():
+    methods = {path.stem for path in (ROOT / "pipeline" / "methods").glob("*.py")} - {"__init__", "protocol"}
+    cases = [ON_TWO_RANKS[name] for name in TWO_TASKS]
+    assert methods == {m["name"] for family, file, m in cases if family == "hunyuan_v1_moe" and file.endswith("ep2")}
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_stream_is_learned_registered_and_audited(routed, name, capsys):
     done, work_dir = routed.done[name], routed.work_dirs[name]
