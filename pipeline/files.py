@@ -1,5 +1,6 @@
 """Digests and atomic files: the few primitives that everything published on disk rests on."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from data_contracts.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def canonical_json(value: Any) -> str:
@@ -65,3 +71,28 @@ def write_atomic(path: Path | str, data: bytes) -> None:
     """Write `data` to `path` as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raise what the operating system refuses inside the block as a UserError with the remedy, naming the file or,
+    where the system names none, `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def storage_error(error: OSError, path: Path | str | None = None) -> UserError:
+    """A full disk, a read-only folder or a failing device as one sentence."""
+    where = error.filename or path or "the disk"
+    if error.errno in _FULL:
+        remedy = "free some space there or name a work_dir on another disk"
+    elif error.errno in _CLOSED:
+        remedy = "make it writable or name another work_dir"
+    else:
+        remedy = "check the path and the disk"
+    return UserError(
+        f"{where}: {error.strerror or error}; {remedy}, then run the same command again (what was published stands)"
+    )
