@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +46,16 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_durable(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and its parent."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        if path.is_dir():
+            fsync_dir(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end: a kill at any moment leaves the old or the new, whole.
@@ -62,7 +72,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
 

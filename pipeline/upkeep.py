@@ -9,15 +9,23 @@ import getpass
 import json
 import shutil
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from data_contracts.errors import UserError
+from pipeline.config import TrackingConfig
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic, writing
-from pipeline.tracking.chain import INCREMENTS, clean_left_overs, digests_of, load_chain, publish, stray_files
+from pipeline.tracking.chain import (
+    INCREMENTS,
+    clean_left_overs,
+    digests_of,
+    left_overs,
+    load_chain,
+    publish,
+    remove_paths,
+)
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import ROUTER, RUN, Change, Entry, Manifest
 
@@ -49,7 +57,7 @@ def restore(work_dir: Path, number: int) -> Changed:
     if (after.bundles, after.state) == (history.bundles, history.state):
         raise UserError(f"the champion is as it was after increment {number}; there is nothing to restore")
     for task, bundle in after.bundles.items():
-        refuse_withdrawn(history, f"increment {number} serves task '{task}'", bundle)
+        history.refuse_withdrawn(bundle, f"increment {number} cannot be restored: it serves task '{task}' with")
     bank = Bank(work_dir / "bank")
     for table in (after.bundles, after.state):
         for sha in {sha for roles in table.values() for sha in roles.values()}:
@@ -82,7 +90,9 @@ def retire(work_dir: Path, task: str) -> Changed:
         raise UserError(f"task '{task}' was never learned in {work_dir}; there are: {known}")
     if max(manifest.increment for manifest in ours) < history.retired.get(task, 0):
         change = next(c for c in reversed(history.changes) if c.task == task)
-        return Changed(change, ["was retired before; what was left of it is removed"], remove_withdrawn(work_dir, chain))
+        return Changed(
+            change, ["was retired before; what was left of it is removed"], remove_withdrawn(work_dir, chain)
+        )
     others = {sha for manifest in increments if manifest.task != task for sha in own_digests(manifest)}
     routers = routers_of(work_dir, increments, task) - history.withdrawn.keys()
     made = ({sha for manifest in ours for sha in own_digests(manifest)} - others - history.withdrawn.keys()) | routers
@@ -90,9 +100,8 @@ def retire(work_dir: Path, task: str) -> Changed:
         needed = [role for role, sha in sorted(bundle.items()) if sha in made]
         if other != task and needed:
             raise UserError(
-                f"task '{task}' cannot be withdrawn: task '{other}' is served with {' and '.join(needed)} which learned "
-                f"from it; restore the champion from before increment {min(m.increment for m in ours)}, or learn or "
-                f"retire '{other}' first"
+                f"task '{task}' cannot be withdrawn: task '{other}' is served with its {' and '.join(needed)}; restore "
+                f"the champion of before increment {min(m.increment for m in ours)}, or retire '{other}' first"
             )
     before = {name for entry in history.changes for name in entry.withdrawn_files}
     files = {
@@ -189,3 +198,27 @@ def _publish(work_dir: Path, change: Change) -> None:
         write_atomic(staged / RUN, canonical_json(record).encode())
         publish(work_dir, staged, change)
         shutil.rmtree(work_dir / "inflight", ignore_errors=True)
+
+
+def tell_mlflow(work_dir: Path) -> list[str]:
+    """Register the changes that MLflow does not know. That it cannot be reached stops nothing and is said: the next
+    learning job tells it.
+    """
+    from pipeline.tracking.mlflow_log import Tracker
+
+    history = History.of(opened(work_dir))
+    try:
+        config = json.loads((work_dir / INCREMENTS / history.newest.folder / RUN).read_text(encoding="utf-8"))["config"]
+        tracker = Tracker(work_dir, config["stream"], TrackingConfig.model_validate(config["tracking"]))
+        if not tracker.registry.is_registered(history.newest):
+            return [
+                f"MLflow does not know increment {history.newest.increment} yet; the next run of jobs/continual.py tells it"
+            ]
+        for change in history.changes:
+            if not tracker.registry.is_registered(change):
+                tracker.register_change(change)
+        tracker.close()
+    except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        return [f"MLflow was not told ({reason}); the next run of jobs/continual.py tells it"]
+    return []

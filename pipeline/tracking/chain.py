@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from data_contracts.errors import UserError
 from pipeline.config import describe
 from pipeline.experts.bank import Bank
-from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file, write_atomic, writing
+from pipeline.files import canonical_json, fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
 from pipeline.tracking.history import History, take_over
 from pipeline.tracking.manifest import (
     MANIFEST,
@@ -181,7 +181,7 @@ def _publish(work_dir: Path, staged_dir: Path, manifest: Entry) -> Champion:
         raise UserError(
             f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
         )
-    _make_durable(staged_dir)
+    make_durable(staged_dir)
     after = advance(champion, manifest) if isinstance(manifest, Manifest) else fold([manifest, *load_chain(work_dir)])
 
     for folder in _left_over_folders(work_dir, champion, head, folders):
@@ -343,13 +343,3 @@ def _flat(table: dict[str, dict[str, str]]) -> dict[str, str]:
     return {
         f"{task} {role}".strip(): sha for task, roles in table.items() for role, sha in (roles or {"": "empty"}).items()
     }
-
-
-def _make_durable(folder: Path) -> None:
-    """fsync every file and folder below `folder`, and its parent."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        if path.is_dir():
-            fsync_dir(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

@@ -4,13 +4,15 @@ Bringing it up to date costs what the new increment changed, not what there was 
 later ones ask for, about its two rows of scores; of manifests only the newest.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from data_contracts.errors import UserError
 from pipeline.tracking.manifest import ROUTER, Change, ContractRecord, Manifest
 from pipeline.tracking.manifest import Entry as ChainEntry
 
-KEPT_FILES = ("row.json", "review.json")
+ROW = "row.json"
+KEPT_FILES = (ROW, "review.json")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class History:
     entries: list[Entry] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     head: ChainEntry | None = None  # the newest, rejected or not
+    newest: Manifest | None = None  # the newest increment, in effect or not
     promoted: Manifest | None = None  # the newest promoted one
     bundles: dict[str, dict[str, str]] = field(default_factory=dict)  # the champion's, by task
     state: dict[str, dict[str, str]] = field(default_factory=dict)  # the champion's method state, by task
@@ -78,7 +81,7 @@ class History:
         )
         self.entries.append(entry)
         self._by_task.setdefault(manifest.task, []).append(entry)
-        self.head = manifest
+        self.head = self.newest = manifest
         self.in_effect.add(manifest.increment)
         if self.withdrawn:
             published = {*manifest.bank.values(), *manifest.state.values()}
@@ -120,6 +123,23 @@ class History:
     def of_task(self, task: str) -> Iterator[Entry]:
         """The increments of one task, newest first."""
         return reversed(self._by_task.get(task, []))
+
+    def refuse_retired(self, task: str, learned: int) -> None:
+        """Raise UserError for a task that was retired after its increment `learned` (0: it is not served)."""
+        if learned < self.retired.get(task, 0):
+            number = self.retired[task]
+            raise UserError(
+                f"task '{task}' was withdrawn with its experts (increment {number}); it is not served any more"
+            )
+
+    def refuse_withdrawn(self, roles: Mapping[str, str], sentence: str) -> None:
+        """Raise UserError, beginning with `sentence`, where a bundle or state names a withdrawn file."""
+        for role, sha in roles.items():
+            if change := self.withdrawn.get(sha):
+                raise UserError(
+                    f"{sentence} the {role} {sha[:12]}..., which was withdrawn with task '{change.task}' (increment "
+                    f"{change.increment})"
+                )
 
     @property
     def length(self) -> int:

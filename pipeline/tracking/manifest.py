@@ -80,7 +80,10 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 RoleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 FileName = Annotated[str, AfterValidator(_file_name)]
 DataPlace = Annotated[
-    str, StringConstraints(pattern=r"^(prepared/[a-z][a-z0-9_]{0,62}/[0-9a-f]{64}|quarantine/[a-z][a-z0-9_]{0,62}/[0-9a-f]{64}\.parquet)$")
+    str,
+    StringConstraints(
+        pattern=r"^(prepared/[a-z][a-z0-9_]{0,62}/[0-9a-f]{64}|quarantine/[a-z][a-z0-9_]{0,62}/[0-9a-f]{64}\.parquet)$"
+    ),
 ]
 IncrementFile = Annotated[str, AfterValidator(_increment_file)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
