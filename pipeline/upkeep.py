@@ -211,9 +211,8 @@ def tell_mlflow(work_dir: Path) -> list[str]:
         config = json.loads((work_dir / INCREMENTS / history.newest.folder / RUN).read_text(encoding="utf-8"))["config"]
         tracker = Tracker(work_dir, config["stream"], TrackingConfig.model_validate(config["tracking"]))
         if not tracker.registry.is_registered(history.newest):
-            return [
-                f"MLflow does not know increment {history.newest.increment} yet; the next run of jobs/continual.py tells it"
-            ]
+            number = history.newest.increment
+            return [f"MLflow does not know increment {number} yet; the next run of jobs/continual.py tells it"]
         for change in history.changes:
             if not tracker.registry.is_registered(change):
                 tracker.register_change(change)
