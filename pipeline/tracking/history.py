@@ -58,11 +58,15 @@ class History:
         """The history that a chain, in any order, tells."""
         history = cls()
         ordered = sorted(manifests, key=lambda manifest: manifest.increment)
+        restored = {manifest.to for manifest in ordered if isinstance(manifest, Change)}
+        then: dict[int, History] = {}  # as it was after each entry whose champion is restored later
         for manifest in ordered:
             if isinstance(manifest, Manifest):
                 history.add(manifest)
             else:
-                history.change(manifest, [entry for entry in ordered if entry.increment <= (manifest.to or 0)])
+                history.change(manifest, then.get(manifest.to))
+            if manifest.increment in restored:
+                then[manifest.increment] = history.tables()
         return history
 
     def add(self, manifest: Manifest) -> None:
@@ -92,17 +96,22 @@ class History:
             self.learned[manifest.task] = entry
             self.row |= manifest.row
 
-    def change(self, change: Change, before: Iterable[ChainEntry] = ()) -> None:
-        """One more entry that learns nothing; `before` are the entries up to the one whose champion it restores."""
+    def tables(self) -> "History":
+        """A copy of what a restored champion takes back."""
+        own = ("bundles", "state", "learned", "row", "in_effect")
+        return History(promoted=self.promoted, **{name: getattr(self, name).copy() for name in own})
+
+    def change(self, change: Change, then: "History | None" = None) -> None:
+        """One more entry that learns nothing; `then` is what was after the entry whose champion it restores."""
         self.head = change
         self.changes.append(change)
         if change.task is not None:
             self.retired[change.task] = change.increment
             self.withdrawn |= dict.fromkeys(change.withdrawn, change)
         else:
-            then = History.of(before)
-            self.promoted, self.bundles, self.state = then.promoted, then.bundles, then.state
-            self.learned, self.row, self.in_effect = then.learned, then.row, then.in_effect
+            back = (then or History()).tables()
+            self.promoted, self.bundles, self.state = back.promoted, back.bundles, back.state
+            self.learned, self.row, self.in_effect = back.learned, back.row, back.in_effect
         for task, number in self.retired.items():
             if task not in self.learned or self.learned[task].increment < number:
                 self._leave_out(task)

@@ -77,6 +77,14 @@ def test_increments_follow_a_restored_champion_and_earlier_ones_can_be_served(ch
     assert wrong(chain.work_dir) == {}
 
 
+def test_restoring_back_and_forth_costs_no_more_each_time(chain):
+    first, second = chain.learn("reviews"), chain.learn("tweets")
+    for number in range(40):
+        restore(chain.work_dir, 1 if number % 2 == 0 else len(load_chain(chain.work_dir)) - 1)
+    assert read_champion(chain.work_dir).bundles == first.bundles | second.bundles
+    assert History.of(load_chain(chain.work_dir)).length == 42
+
+
 def test_a_task_of_the_time_after_the_restored_champion_is_new_again(chain):
     chain.learn("reviews")
     manifest = chain.learn("tweets")
