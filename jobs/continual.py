@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--until", metavar="TASK", help="stop after this task of the stream")
     parser.add_argument("--stages", help="run only 'validate' or 'validate,prepare', without a device")
+    parser.add_argument("--break-lock", action="store_true", help="take over what a job of another machine left locked")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     return parser.parse_args(arguments)
 
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             from pipeline.continual import prepare_only, run_stream
 
         if options.stages:
-            return prepare_only(config, device_free_stages(options.stages))
-        return run_stream(config, options.until, stop)
+            return prepare_only(config, device_free_stages(options.stages), options.break_lock)
+        return run_stream(config, options.until, stop, options.break_lock)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a host see the same mistake
             print(f"continual: {error}", file=sys.stderr)

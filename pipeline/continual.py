@@ -7,7 +7,7 @@ import getpass
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from pipeline.data.tokens import PreparedTask, open_shards
 from pipeline.evaluation.review_cost import REVIEW
 from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
-from pipeline.files import canonical_json, write_atomic
+from pipeline.files import canonical_json, storage_error, write_atomic, writing
 from pipeline.increments import check_same_model, check_sampling, inputs_key, measurable, next_increment, standing
+from pipeline.lock import WorkLock
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.report import final_report, print_start
@@ -38,7 +39,7 @@ from pipeline.stages.validate import check_task_names, validate
 from pipeline.startup import StartClock
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.manifest import Change, Manifest
 from pipeline.tracking.mlflow_log import Tracker
 from pipeline.training.adapter_folder import check_start_from, check_started_tasks
 from pipeline.training.loop import StepLog
@@ -48,11 +49,18 @@ EXIT_DONE, EXIT_REJECTED = 0, 3
 FINISHED, STOPPED = "finished.json", "stopped.json"
 
 
-def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
-    """Learn every task of the stream that is not learned yet, up to `until`. Returns the exit code (DESIGN section 8).
+def run_stream(config: StreamConfig, until: str | None, stop: StopFlag, break_lock: bool = False) -> int:
+    """Learn every task of the stream that is not learned yet, up to `until`, as the work_dir's one writer. Returns the
+    exit code (DESIGN section 8).
 
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
+    with WorkLock(config.work_path()) as lock:  # rank 0 takes it, as soon as it knows its rank
+        return learn_stream(config, until, stop, lambda: lock.acquire(break_lock))
+
+
+def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: Callable[[], Any]) -> int:
+    """`run_stream`; `lock` makes rank 0 the one writer."""
     clock = StartClock()
     clock.passed("imports")
     method = build_method(config)
@@ -67,7 +75,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
     check_world(config, world)
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
-    history = world.on_main(lambda: open_work_dir(work_dir))
+    history = world.on_main(lambda: open_work_dir(work_dir, lock))
     backbone = world.on_main(lambda: backbone_record(config))
     check_same_model(config, backbone, history)
     clock.passed("chain and digests")
@@ -201,6 +209,8 @@ def prepare_tasks(
             done[index] = (validated.contract, validated.shards)
         except UserError as error:
             done[index] = error
+        except OSError as error:
+            done[index] = storage_error(error, config.work_path())
     merged = {index: item for part in world.gather(done) for index, item in part.items()}
     results = [merged[index] for index in range(len(config.tasks))]
     for result in results:
@@ -220,27 +230,32 @@ def prepare_tasks(
     return {name: open_shards(*result) for name, result in zip(names[:last], results, strict=False)}
 
 
-def prepare_only(config: StreamConfig, stages: Sequence[str]) -> int:
+def prepare_only(config: StreamConfig, stages: Sequence[str], break_lock: bool = False) -> int:
     """The stages that need no device, as a job of their own: `validate`, or `validate,prepare`. Returns the exit
     code.
     """
     tokenizer = load_tokenizer(config.backbone)
-    history = History.of(load_chain(config.work_path()))
-    contracts = []
-    for path in config.tasks:
-        validated = validate(path, config, tokenizer, history)
-        contracts.append(validated.contract)
-        print(validated.clean.verdict.render() if validated.clean else f"{validated.contract.task}: prepared already")
-        if "prepare" in stages:
-            prepare(validated, tokenizer)
+    work_dir, contracts = config.work_path(), []
+    with WorkLock(work_dir) as lock, writing(work_dir):
+        work_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(break_lock)
+        history = History.of(load_chain(work_dir))
+        for path in config.tasks:
+            validated = validate(path, config, tokenizer, history)
+            contracts.append(validated.contract)
+            there = f"{validated.contract.task}: prepared already"
+            print(validated.clean.verdict.render() if validated.clean else there)
+            if "prepare" in stages:
+                prepare(validated, tokenizer)
     check_task_names(contracts)
     return EXIT_DONE
 
 
-def open_work_dir(work_dir: Path) -> History:
-    """Make the work_dir usable and read its chain. Raises UserError where it cannot be written or read."""
+def open_work_dir(work_dir: Path, lock: Callable[[], Any] = lambda: None) -> History:
+    """Make the work_dir usable, ours alone, and read its chain. Raises UserError where it cannot be written or read."""
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
+        lock()
         for marker in (FINISHED, STOPPED):
             (work_dir / marker).unlink(missing_ok=True)
     except OSError as error:
@@ -255,7 +270,7 @@ def open_tracker(config: StreamConfig, world: World, history: History) -> Tracke
 
     def work() -> None:
         opened.append(Tracker(config.work_path(), config.stream, config.tracking))
-        catch_up(opened[0], config.work_path(), history.head)
+        catch_up(opened[0], config.work_path(), history)
 
     world.on_main(work)
     return opened[0] if opened else None
@@ -272,12 +287,20 @@ def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
     tracker.finish()
 
 
-def catch_up(tracker: Tracker, work_dir: Path, head: Manifest | None) -> None:
-    """Register the newest increment where a launch was killed between its publishing and its registration."""
-    if head is not None and not tracker.registry.is_registered(head):
-        run = json.loads((work_dir / "increments" / head.folder / "run.json").read_text())
-        tracker.increment(head.increment, head.task, run["inputs_key"])
-        record(tracker, work_dir, head)
+def catch_up(tracker: Tracker, work_dir: Path, history: History) -> None:
+    """Register the newest increment where a launch was killed between its publishing and its registration, and the
+    changes that MLflow was not told of.
+    """
+    entries = [*history.changes, *([history.newest] if history.newest else [])]
+    for entry in sorted(entries, key=lambda entry: entry.increment):
+        if tracker.registry.is_registered(entry):
+            continue
+        if isinstance(entry, Change):
+            tracker.register_change(entry)
+            continue
+        run = json.loads((work_dir / "increments" / entry.folder / "run.json").read_text())
+        tracker.increment(entry.increment, entry.task, run["inputs_key"])
+        record(tracker, work_dir, entry)
 
 
 def step_metrics(step: StepLog) -> dict[str, float]:
@@ -299,7 +322,8 @@ def backbone_record(config: StreamConfig) -> dict[str, str]:
 
 def mark(work_dir: Path, name: str, content: dict[str, Any]) -> None:
     """Leave the marker by which success, or a stop on request, is judged."""
-    write_atomic(work_dir / name, canonical_json(content).encode())
+    with writing(work_dir / name):
+        write_atomic(work_dir / name, canonical_json(content).encode())
 
 
 def say(world: World, text: str) -> None:

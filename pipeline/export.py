@@ -23,8 +23,8 @@ from pipeline.experts.peft_format import CONFIG_FILE, TENSOR_FILE, Pairs, pairs_
 from pipeline.files import canonical_json, fsync_dir, write_atomic
 from pipeline.methods.protocol import PAST_WEIGHTS, Bundle, own_of, past_of
 from pipeline.tensor_files import METADATA_KEY
-from pipeline.tracking.chain import fold, load_chain
 from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.reading import as_of
 
 BUNDLE = "bundle.json"  # of the native form
 
@@ -68,16 +68,9 @@ class Published:
 def find_bundle(work_dir: str, task: str, increment: int | None = None) -> Published:
     """What a task is served with after an increment (default: now). Raises UserError naming what there is."""
     folder = Path(work_dir).expanduser().resolve()
-    chain = load_chain(folder)
-    if not chain:
-        raise UserError(f"work_dir {folder} has no published increment; run jobs/continual.py first")
-    chain = [manifest for manifest in chain if increment is None or manifest.increment <= increment]
-    if not chain or increment not in (None, chain[0].increment):
-        raise UserError(f"work_dir {folder} has no increment {increment}")
-    bundles = fold(chain).bundles
-    if task not in bundles:
-        raise UserError(f"task '{task}' is not learned in {folder}; learned: {', '.join(bundles) or 'none yet'}")
-    if not bundles[task]:
+    at = as_of(folder, increment)
+    chain, bundle = at.chain, at.bundle(task)
+    if not bundle:
         raise UserError(
             f"task '{task}' is served with the bare backbone ({chain[0].method}); there is nothing to export"
         )
@@ -86,7 +79,7 @@ def find_bundle(work_dir: str, task: str, increment: int | None = None) -> Publi
         base_model = json.loads(run.read_text(encoding="utf-8"))["config"]["backbone"]["path"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run}: cannot be read ({error}); restore it from a backup") from error
-    return Published(task, bundles[task], chain[0], Bank(folder / "bank"), base_model)
+    return Published(task, bundle, chain[0], Bank(folder / "bank"), base_model)
 
 
 def export(found: Published, to: str, form: str, base_model: str | None = None) -> list[str]:

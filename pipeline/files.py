@@ -1,13 +1,19 @@
 """Digests and atomic files: the few primitives that everything published on disk rests on."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from data_contracts.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def canonical_json(value: Any) -> str:
@@ -40,6 +46,16 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_durable(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and its parent."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        if path.is_dir():
+            fsync_dir(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end: a kill at any moment leaves the old or the new, whole.
@@ -56,7 +72,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
 
@@ -65,3 +82,28 @@ def write_atomic(path: Path | str, data: bytes) -> None:
     """Write `data` to `path` as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raise what the operating system refuses inside the block as a UserError with the remedy, naming the file or,
+    where the system names none, `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def storage_error(error: OSError, path: Path | str | None = None) -> UserError:
+    """A full disk, a read-only folder or a failing device as one sentence."""
+    where = error.filename or path or "the disk"
+    if error.errno in _FULL:
+        remedy = "free some space there or name a work_dir on another disk"
+    elif error.errno in _CLOSED:
+        remedy = "make it writable or name another work_dir"
+    else:
+        remedy = "check the path and the disk"
+    return UserError(
+        f"{where}: {error.strerror or error}; {remedy}, then run the same command again (what was published stands)"
+    )

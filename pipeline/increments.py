@@ -59,6 +59,8 @@ def standing(task: PreparedTask, history: History, learning_digest: str) -> Lite
     one another try and leaves a learned one alone.
     """
     for entry in history.of_task(task.task):
+        if entry.increment not in history.in_effect:  # another champion was restored since, or the task retired
+            continue
         same = entry.contract.digest == task.contract.digest and entry.data == task.data_digests
         if entry.verdict == "promoted":
             return "learned" if same else "new"
@@ -82,7 +84,7 @@ def measurable(
     """
     chosen = {task.task: task}
     earlier = [name for name in history.learned if name != task.task]
-    draw = int(sha256_text(f"earlier_tasks/{seed}/{len(history.entries) + 1}")[:15], 16)
+    draw = int(sha256_text(f"earlier_tasks/{seed}/{history.length + 1}")[:15], 16)
     for place in torch.randperm(len(earlier), generator=torch.Generator().manual_seed(draw)).tolist():
         if earlier_tasks is not None and len(chosen) > earlier_tasks:
             break
@@ -95,7 +97,7 @@ def measurable(
 def next_increment(job: Job, task: str, history: History) -> Increment:
     """The increment that learns `task` next, with the method state it asks for. Collective."""
     increment = Increment(
-        number=len(history.entries) + 1,
+        number=history.length + 1,
         task=task,
         seed=job.config.seed,
         bundles=history.bundles,

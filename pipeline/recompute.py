@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_contracts import UserError
+from data_contracts import UserError, load_contract
 from pipeline.serving import Served
 from pipeline.stages.evaluate import measure
 from pipeline.stages.prepare import prepare
@@ -23,7 +23,8 @@ class Recomputed:
 def recompute(served: Served, tasks: Sequence[str] | None = None) -> list[Recomputed]:
     """Test scores of learned tasks under their bundles, in the stream's order. Collective.
 
-    Raises UserError for a task that is not learned, or whose contract or data is no longer the one it was learned from.
+    Raises UserError for a task that is not learned or withdrawn, or whose contract or data is no longer the one it
+    was learned from.
     """
     job = served.job
     for task in tasks or ():
@@ -31,10 +32,10 @@ def recompute(served: Served, tasks: Sequence[str] | None = None) -> list[Recomp
     cells = []
     recorded, history = served.chain[0].row, History.of(served.chain)
     for path in job.config.tasks:
-        prepared = job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, history))
-        name = prepared.contract.task
-        if name not in served.champion.bundles or (tasks and name not in tasks):
+        name = job.world.on_main(lambda path=path: load_contract(path).task)
+        if not served.at.serves(name) or (tasks and name not in tasks):
             continue
+        prepared = job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, history))
         job.world.on_main(lambda prepared=prepared: prepare(prepared, job.tokenizer) and None)
         opened = prepare(prepared, job.tokenizer)
         if opened.contract.digest != served.contract(name).digest:

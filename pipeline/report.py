@@ -1,8 +1,8 @@
 """What a run prints at its start and at its end."""
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pipeline.config import StreamConfig
 from pipeline.data.batching import num_steps
@@ -12,7 +12,8 @@ from pipeline.evaluation.review_cost import REVIEW
 from pipeline.placement.distributed import World
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import full_shape
-from pipeline.tracking.history import History
+from pipeline.tracking.chain import read_published
+from pipeline.tracking.history import ROW, History
 from pipeline.tracking.matrix_rows import SHOWN, matrix_of, newest_rows
 from pipeline.tracking.mlflow_log import how_to_open
 
@@ -33,7 +34,9 @@ def print_start(
         rows = min(task.counts["train"]["kept"], config.rows.train or 10**12)
         steps = num_steps(rows, training.epochs, training.batch_size)
         print(f"task {name} {task.contract.version}: {rows} training rows, {steps} steps on them")
-    inherited = ", ".join(f"{entry.increment} {entry.task} ({entry.verdict})" for entry in history.entries)
+    entries = {entry.increment: f"{entry.task} ({entry.verdict})" for entry in history.entries}
+    entries |= {change.increment: change.name for change in history.changes}
+    inherited = ", ".join(f"{number} {said}" for number, said in sorted(entries.items()))
     print(f"inherited increments: {inherited or 'none'}", flush=True)
 
 
@@ -42,26 +45,28 @@ def final_report(config: StreamConfig, history: History, tracking_uri: str) -> N
     if not history.learned:
         print("no increment was promoted yet")
         return
-    increments = config.work_path() / "increments"
+    increments, learned = config.work_path() / "increments", history.learned
     tasks, rows, names = matrix_of(newest_rows(history.learned, SHOWN))
     print(f"\n{config.method['name']} on stream {config.stream}: test scores after each increment\n")
-    print(matrix.render_table(tasks, rows, baseline_rows(increments / history.learned[t].folder for t in tasks), names))
+    records = [json.loads(read_published(config.work_path(), learned[t].folder, learned[t].files, ROW)) for t in tasks]
+    print(matrix.render_table(tasks, rows, baseline_rows(records), names))
     if len(tasks) < len(history.learned):
         print(f"the newest {len(tasks)} of {len(history.learned)} tasks; every row stands in its increment's row.json")
-    print_router([increments / history.learned[task].folder for task in tasks])
+    print_router(records)
     print()
     for line in metric_lines(history):
         print(line)
-    for line in review_lines(increments / history.learned[tasks[-1]].folder):
-        print(line)
-    print(f"heat map     {increments / history.learned[tasks[-1]].folder / 'report.png'}")
+    newest = learned[tasks[-1]]
+    if REVIEW in newest.files:
+        for line in review_lines(json.loads(read_published(config.work_path(), newest.folder, newest.files, REVIEW))):
+            print(line)
+    print(f"heat map     {increments / newest.folder / 'report.png'}")
     print(f"MLflow       {tracking_uri}")
     print(f"  open it:   {how_to_open(tracking_uri)}", flush=True)
 
 
-def print_router(folders: list[Path]) -> None:
+def print_router(records: list[dict[str, Any]]) -> None:
     """The accuracy matrix once more with the task of every row chosen by the router, where there is one."""
-    records = [json.loads((folder / "row.json").read_text()) for folder in folders]
     tasks, rows, names = matrix_of((record["task"], record.get("test_inferred", {})) for record in records)
     if any(score is not None for row in rows for score in row):
         print("\nthe same, the task of every row chosen by the router\n")
@@ -74,12 +79,10 @@ def print_router(folders: list[Path]) -> None:
         )
 
 
-def review_lines(folder: Path) -> list[str]:
+def review_lines(review: Mapping[str, dict[str, Any]]) -> list[str]:
     """Per task the share of test rows that need no review, and how many of these are right, after an increment."""
-    if not (folder / REVIEW).is_file():
-        return []
     lines = []
-    for task, record in json.loads((folder / REVIEW).read_text()).items():
+    for task, record in review.items():
         share, precision = record["test"]["stripping_rate"], record["test"]["precision"]
         right = "" if precision is None else f", {100 * precision:.1f} % of them right"
         lines.append(f"decided      {task} {100 * share:.1f} %{right} (target {100 * record['target_precision']:g} %)")
@@ -112,11 +115,10 @@ def metric_lines(history: History) -> list[str]:
     return lines
 
 
-def baseline_rows(folders: Iterable[Path]) -> dict[str, dict[str, float]]:
+def baseline_rows(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """{baseline: {task: score}} as the increments recorded them."""
     rows: dict[str, dict[str, float]] = {}
-    for folder in folders:
-        record = json.loads((folder / "row.json").read_text())
+    for record in records:
         for name, score in record["baselines"].items():
             rows.setdefault(name, {})[record["task"]] = score
     return rows

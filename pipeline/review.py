@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from data_contracts import UserError
 from pipeline.evaluation.review_cost import REVIEW, ReviewCost, ScoredRows, decided, paired_bootstrap, review_cost
-from pipeline.files import sha256_file
-from pipeline.tracking.chain import load_chain
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.chain import load_chain, read_published
+from pipeline.tracking.history import History
+from pipeline.tracking.manifest import Entry, Manifest
 
 
 @dataclass(frozen=True)
@@ -58,32 +58,36 @@ def compare_reviews(work_dir: Path | str, first: int, second: int, task: str) ->
     return Compared(task, targets[0], *costs, paired_bootstrap(before, after))
 
 
-def _published(work_dir: Path, chain: list[Manifest], number: int, task: str) -> tuple[dict, pa.Table]:
+def _published(work_dir: Path, chain: list[Entry], number: int, task: str) -> tuple[dict, pa.Table]:
     """A task's review record and test predictions of an increment, verified against its manifest."""
     manifest = next((manifest for manifest in chain if manifest.increment == number), None)
     if manifest is None:
         raise UserError(f"work_dir {work_dir} has no increment {number}")
+    if not isinstance(manifest, Manifest):
+        raise UserError(f"entry {number} of work_dir {work_dir} ({manifest.name}) learned nothing; name an increment")
+    if change := next(
+        (c for c in History.of(chain).changes if f"{manifest.folder}/predictions/{task}.parquet" in c.withdrawn_files),
+        None,
+    ):
+        raise UserError(f"task '{task}' was withdrawn with its predictions (increment {change.increment})")
     record = read_review(work_dir, manifest).get(task)
     if record is None:
         raise UserError(
             f"increment {number} published no thresholds for task '{task}'; learn with evaluation.review set, and name "
             "a classification task that the increment measured"
         )
-    return record, pq.read_table(_verified(work_dir, manifest, f"predictions/{task}.parquet"))
+    return record, pq.read_table(pa.BufferReader(_verified(work_dir, manifest, f"predictions/{task}.parquet")))
 
 
 def read_review(work_dir: Path, manifest: Manifest) -> dict[str, dict]:
     """{task: review record} of an increment, verified; empty where it has none."""
     if REVIEW not in manifest.files:
         return {}
-    return json.loads(_verified(work_dir, manifest, REVIEW).read_text(encoding="utf-8"))
+    return json.loads(_verified(work_dir, manifest, REVIEW))
 
 
-def _verified(work_dir: Path, manifest: Manifest, name: str) -> Path:
-    path = work_dir / "increments" / manifest.folder / name
-    if not path.is_file() or sha256_file(path) != manifest.files[name]:
-        raise UserError(f"{path} is missing or was altered; restore it from a backup")
-    return path
+def _verified(work_dir: Path, manifest: Manifest, name: str) -> bytes:
+    return read_published(work_dir, manifest.folder, manifest.files, name)
 
 
 def render(compared: Compared, first: int, second: int) -> str:

@@ -37,6 +37,7 @@ def route_rows(served: Served, data: str, text_column: str | None) -> RoutedRows
     digest = router_of(served.champion.state)
     if digest is None:
         raise UserError(f"{job.work_dir} has no router: learn with `router: {{}}` in the stream, or name the task")
+    served.at.history.refuse_withdrawn({"router": digest}, f"{job.work_dir} cannot route: at this increment it had")
     router = read_router(job, digest)
     if unknown := [task for task in tasks if task not in router.tasks]:
         raise UserError(

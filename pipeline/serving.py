@@ -15,35 +15,37 @@ from pipeline.placement.distributed import start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.review import read_review
 from pipeline.stages.job import Job
-from pipeline.tracking.chain import Champion, fold, load_chain
+from pipeline.tracking.chain import Champion, read_published
 from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.reading import AsOf, as_of
 
 
 @dataclass(frozen=True)
 class Served:
-    """A work_dir at one increment: the job to run it with, the champion of that time, the chain up to it (newest
-    first).
-    """
+    """A work_dir as of one increment, and the job to run it with."""
 
     job: Job
-    champion: Champion
-    chain: list[Manifest]
+    at: AsOf
+
+    @property
+    def champion(self) -> Champion:
+        """The champion of that time."""
+        return self.at.champion
+
+    @property
+    def chain(self) -> list[Manifest]:
+        """The increments that champion stands on, newest first."""
+        return self.at.chain
 
     def bundle(self, task: str) -> Bundle:
-        """What the task is served with. Raises UserError naming the tasks there are."""
-        if task not in self.champion.bundles:
-            known = ", ".join(self.champion.bundles) or "none yet"
-            raise UserError(f"task '{task}' is not learned in {self.job.work_dir}; learned: {known}")
-        return self.champion.bundles[task]
+        """What the task is served with. Raises UserError naming the tasks there are, or that it was withdrawn."""
+        return self.at.bundle(task)
 
     def contract(self, task: str) -> TaskContract:
         """The contract the task was last learned under, from its increment's folder."""
-        manifest = next(m for m in self.chain if m.task == task and m.verdict == "promoted")
-        path = self.job.work_dir / "increments" / manifest.folder / "contract.json"
-        contract = TaskContract.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        if contract.digest != manifest.contract.digest:
-            raise UserError(f"{path} was altered: it is not the contract of increment {manifest.increment}; restore it")
-        return contract
+        manifest = self.at.learned(task)
+        data = read_published(self.job.work_dir, manifest.folder, manifest.files, "contract.json")
+        return TaskContract.model_validate(json.loads(data))
 
     def thresholds(self, task: str) -> Thresholds | None:
         """From which scores on the answers of the task's bundle may be decided, by class; None where no increment
@@ -65,17 +67,12 @@ def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] =
     trained on.
     """
     folder = Path(work_dir).expanduser().resolve()
-    chain = load_chain(folder)
-    if not chain:
-        raise UserError(f"work_dir {folder} has no published increment; run jobs/continual.py first")
-    if increment is not None:
-        chain = [manifest for manifest in chain if manifest.increment <= increment]
-        if not chain or chain[0].increment != increment:
-            raise UserError(f"work_dir {folder} has no increment {increment}")
-    config = read_config(folder, chain[0], overrides)
-    if backbone_digest(config.backbone.path) != chain[0].backbone.digest:
+    at = as_of(folder, increment)
+    newest = at.chain[0]
+    config = read_config(folder, newest, overrides)
+    if backbone_digest(config.backbone.path) != newest.backbone.digest:
         raise UserError(
-            f"the backbone in {config.backbone.path} is not the one increment {chain[0].increment} was trained on; "
+            f"the backbone in {config.backbone.path} is not the one increment {newest.increment} was trained on; "
             "name its folder with --set backbone.path=..."
         )
     method = build_method(config)
@@ -85,7 +82,7 @@ def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] =
     check_world(config, world)
     learner = build_learner(config, method.plan, world, train=False)
     job = Job(config, world, folder, method, tokenizer, learner, Bank(folder / "bank"), {})
-    return Served(job, fold(chain), chain)
+    return Served(job, at)
 
 
 def read_config(work_dir: Path, manifest: Manifest, overrides: Sequence[str]) -> StreamConfig:

@@ -26,7 +26,7 @@ from data_contracts.readers import BATCH_ROWS
 from pipeline.data.batching import select_rows
 from pipeline.data.ingest import CleanTask
 from pipeline.data.token_limits import TokenCounter, text_tokenizer, tokenizer_digest
-from pipeline.files import canonical_json, sha256_text, write_atomic
+from pipeline.files import canonical_json, fsync_dir, make_durable, sha256_text, write_atomic
 
 SHARD_FORMAT = 1
 _SHARD = pa.schema(
@@ -161,10 +161,12 @@ def write_shards(clean: CleanTask, tokenizer: PreTrainedTokenizerFast, folder: P
             "files": sorted(clean.file_digests),
         }
         write_atomic(beside / "meta.json", canonical_json(meta).encode())
+        make_durable(beside)
         if folder.exists():
             shutil.rmtree(beside)
         else:
             os.rename(beside, folder)
+            fsync_dir(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 
 from data_contracts.errors import UserError
-from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file
+from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file, writing
 from pipeline.tensor_files import METADATA_KEY, TensorFile, write_tensors
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -36,7 +37,7 @@ class Bank:
 
         A file that is there already is verified and reused. A kill at any moment leaves no file under the digest's
         name or the whole one. Raises ValueError for no tensors at all, UserError when the file in place, or the one
-        just written, is damaged.
+        just written, is damaged, or the disk refuses.
         """
         if not tensors:
             raise ValueError("the bank was given no tensors to publish")
@@ -46,16 +47,12 @@ class Bank:
         if path.exists():
             self.verify(sha)
             return sha
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
+        with self._temporary() as temporary:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             self._keep(temporary, sha)
-        finally:
-            temporary.unlink(missing_ok=True)
         return sha
 
     def put_stream(
@@ -67,13 +64,9 @@ class Bank:
         """`put` for fp32 tensors that come one at a time, in the order of their names: no more than one is held."""
         if not shapes:
             raise ValueError("the bank was given no tensors to publish")
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.root / f".stream.{secrets.token_hex(4)}.tmp"
-        try:
+        with self._temporary() as temporary:
             sha = write_tensors(temporary, shapes, tensors, canonical_json(dict(metadata)) if metadata else None)
             self._keep(temporary, sha)
-        finally:
-            temporary.unlink(missing_ok=True)
         return sha
 
     def open(self, sha: str) -> TensorFile:
@@ -119,6 +112,20 @@ class Bank:
                 f"{self.root}: {sha!r} is not a sha256 in 64 lower-case hex digits; the file that names it is damaged"
             )
         return self.root / f"{sha}.safetensors"
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A name for a file that is being written; afterwards nothing stands there. Raises UserError where the disk
+        refuses.
+        """
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            temporary = self.root / f".{secrets.token_hex(8)}.tmp"
+            try:
+                yield temporary
+            finally:
+                with suppress(OSError):  # a failing disk's first error is the one to tell; the next job removes it
+                    temporary.unlink(missing_ok=True)
 
     def _keep(self, temporary: Path, sha: str) -> None:
         """Give a file that was written and synced its name, once it reads back as what was written."""

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 
 from data_contracts.errors import UserError
+from pipeline.files import storage_error
 
 CPU_WORK_TIMEOUT = 24 * 3600  # seconds a rank may wait for others that validate or prepare data
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
@@ -42,13 +43,17 @@ class World:
         return holder[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """`work()` done on rank 0, its result on every rank; a UserError is raised on every rank alike."""
+        """`work()` done on rank 0, its result on every rank; a UserError is raised on every rank alike, and so
+        is what the disk refuses.
+        """
         result, error = None, None
         if self.is_main:
             try:
                 result = work()
             except UserError as raised:
                 error = raised
+            except OSError as raised:  # a full or failing disk, where nothing nearer said which
+                error = storage_error(raised)
         result, error = self.broadcast((result, error))
         if error is not None:
             raise error

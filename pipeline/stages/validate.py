@@ -29,10 +29,11 @@ def validate(
 ) -> ValidatedTask:
     """Check one contract and its data.
 
-    Raises UserError for a contract or data that cannot be used, rejected rows past the contract's limit (quarantine
-    and counts are written by then), or labels or prompt that changed under a version learned before.
+    Raises UserError for a contract or data that cannot be used, a retired task, rejected rows past the contract's
+    limit (quarantine and counts are written by then), or labels or prompt that changed under a version learned before.
     """
     contract = load_contract(contract_path)
+    refuse_retired(contract, history)
     for entry in history.of_task(contract.task):
         refuse_silent_change(
             contract,
@@ -49,6 +50,17 @@ def validate(
         return ValidatedTask(contract, shards, None)
     clean = ingest(contract, roots, tokenizer=tokenizer, quarantine_dir=work_dir / "quarantine")
     return ValidatedTask(contract, shards, clean)
+
+
+def refuse_retired(contract: TaskContract, history: History) -> None:
+    """Raise UserError for a task that was withdrawn and comes back as it was: its data was to go."""
+    number = history.retired.get(contract.task)
+    versions = [entry.contract.version for entry in history.of_task(contract.task) if entry.increment < (number or 0)]
+    if contract.version in versions:
+        raise UserError(
+            f"task '{contract.task}' was withdrawn (increment {number}); take its contract out of the stream, or, to "
+            "learn it anew, give the contract a new version"
+        )
 
 
 def check_task_names(contracts: list[TaskContract]) -> None:

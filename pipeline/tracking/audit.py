@@ -14,7 +14,8 @@ from pipeline.files import sha256_bytes
 from pipeline.tracking import chain
 from pipeline.tracking.audit_mlflow import mlflow_findings
 from pipeline.tracking.finding import Finding
-from pipeline.tracking.manifest import MANIFEST, Manifest, parse_manifest
+from pipeline.tracking.history import History
+from pipeline.tracking.manifest import MANIFEST, Entry, parse_manifest
 from pipeline.tracking.mlflow_log import Tracker
 from pipeline.tracking.registry import Registry
 
@@ -26,7 +27,7 @@ class Link:
     number: int
     folder: Path
     sha256: str | None
-    manifest: Manifest | None
+    manifest: Entry | None
     problem: str | None
 
     @property
@@ -45,11 +46,14 @@ def audit(work_dir: Path | str, tracker: Tracker | Registry | None = None) -> li
     champion, findings = _read_champion(work_dir, links)
     findings += _stray_findings(work_dir, links)
     findings += _chain_findings(links, champion)
-    for link in links:
-        findings += _file_findings(link)
     chained = _chained(links, champion)
+    history = History.of(chained)
+    withdrawn = {name for change in history.changes for name in change.withdrawn_files}
+    for link in links:
+        findings += _file_findings(link, withdrawn)
     findings += _champion_findings(chained, champion)
-    findings += _bank_findings(work_dir, links, champion)
+    findings += _bank_findings(work_dir, links, champion, history)
+    findings += _withdrawal_findings(work_dir, history)
     if tracker is not None:
         registry = tracker.registry if isinstance(tracker, Tracker) else tracker
         findings += mlflow_findings(registry, chained)
@@ -126,26 +130,29 @@ def _chain_findings(links: list[Link], champion: chain.Champion | None) -> Itera
             yield Finding(f"{link.name}/{MANIFEST}", True, f"sha256 {link.sha256[:12]} as {named[0][1]} names it")
 
 
-def _file_findings(link: Link) -> Iterator[Finding]:
+def _file_findings(link: Link, withdrawn: set[str]) -> Iterator[Finding]:
     """Every file of an increment's folder against its manifest."""
     if link.manifest is None:
         yield Finding(f"{link.name} files", False, "cannot be checked without a readable manifest")
         return
-    problems = chain.folder_problems(link.folder, link.manifest)
+    gone = {name for name in getattr(link.manifest, "files", {}) if f"{link.folder.name}/{name}" in withdrawn}
+    problems = chain.folder_problems(link.folder, link.manifest, gone)
     for problem in problems:
         yield Finding(f"{link.name} files", False, problem)
     if not problems:
-        yield Finding(f"{link.name} files", True, f"{len(link.manifest.files)} files, digests agree")
+        number = len(getattr(link.manifest, "files", {})) - len(gone)
+        detail = f"{number} files, digests agree" + (f"; {len(gone)} withdrawn" if gone else "")
+        yield Finding(f"{link.name} files", True, detail)
 
 
-def _chained(links: list[Link], champion: chain.Champion | None) -> list[Manifest]:
+def _chained(links: list[Link], champion: chain.Champion | None) -> list[Entry]:
     """The readable manifests up to the head; all of them when the head is not known."""
     readable = [link.manifest for link in links if link.manifest]
     head = next((manifest.increment for manifest in readable if champion and manifest.sha256 == champion.head), None)
     return [manifest for manifest in readable if head is None or manifest.increment <= head]
 
 
-def _champion_findings(chained: list[Manifest], champion: chain.Champion | None) -> Iterator[Finding]:
+def _champion_findings(chained: list[Entry], champion: chain.Champion | None) -> Iterator[Finding]:
     """champion.json against the fold of the chain, and its bundles against what increments published."""
     if champion is None:
         return
@@ -157,7 +164,7 @@ def _champion_findings(chained: list[Manifest], champion: chain.Champion | None)
             yield Finding(chain.CHAMPION, False, difference)
         if not differences:
             yield Finding(chain.CHAMPION, True, f"is the fold of {len(chained)} increments")
-    published = {sha for manifest in chained for sha in manifest.bank.values()}
+    published = {sha for manifest in chained for sha in getattr(manifest, "bank", {}).values()}
     for task, bundle in sorted(champion.bundles.items()):
         foreign = [f"{role} {sha}" for role, sha in sorted(bundle.items()) if sha not in published]
         for entry in foreign:
@@ -166,25 +173,32 @@ def _champion_findings(chained: list[Manifest], champion: chain.Champion | None)
             yield Finding(f"bundle of {task}", True, ", ".join(f"{r} {sha[:12]}" for r, sha in sorted(bundle.items())))
 
 
-def _bank_findings(work_dir: Path, links: list[Link], champion: chain.Champion | None) -> Iterator[Finding]:
-    """Every bank file that is there, and every one that a manifest or champion.json names."""
+def _bank_findings(
+    work_dir: Path, links: list[Link], champion: chain.Champion | None, history: History
+) -> Iterator[Finding]:
+    """Every bank file that is there, and every one that a manifest or champion.json names and no retired task has
+    withdrawn.
+    """
     bank = Bank(work_dir / "bank")
-    named = {sha for link in links if link.manifest for sha in _digests(link.manifest)}
+    named = {sha for link in links if link.manifest for sha in chain.digests_of(link.manifest)}
     if champion:
         named |= {
             sha for table in (champion.bundles, champion.state) for roles in table.values() for sha in roles.values()
         }
     present = set(bank.digests())
+    gone = named & history.withdrawn.keys()
+    named -= gone
     damaged = 0
-    for sha in sorted(named | present):
+    for sha in sorted(named | (present - gone)):
         try:
             bank.verify(sha)
         except UserError as error:
             damaged += 1
             yield Finding(f"bank/{sha}.safetensors", False, str(error))
     if not damaged:
-        spare = len(present - named)
+        spare = len(present - named - gone)
         detail = f"{len(named)} files, digests agree" + (f"; {spare} more belong to no increment" if spare else "")
+        detail += f"; {len(gone)} withdrawn" if gone else ""
         yield Finding("bank", True, detail)
     known = {bank.path(sha).name for sha in present}
     for path in sorted(bank.root.iterdir()) if bank.root.is_dir() else []:
@@ -192,6 +206,19 @@ def _bank_findings(work_dir: Path, links: list[Link], champion: chain.Champion |
             yield Finding(f"bank/{path.name}", False, "not a bank file: it is not named by a digest")
 
 
-def _digests(manifest: Manifest) -> Iterator[str]:
-    for roles in (*manifest.bundles.values(), manifest.bank, manifest.state):
-        yield from roles.values()
+def _withdrawal_findings(work_dir: Path, history: History) -> Iterator[Finding]:
+    """Each retired task: what was withdrawn with it must be gone."""
+    for change in history.changes:
+        if change.task is None:
+            continue
+        shas = [sha for sha in change.withdrawn if history.withdrawn.get(sha) == change]
+        names = [f"bank/{sha}.safetensors" for sha in shas]
+        names += [f"{chain.INCREMENTS}/{name}" for name in change.withdrawn_files]
+        names += change.withdrawn_data
+        left = [name for name in names if (work_dir / name).exists()]
+        for name in left:
+            detail = f"was withdrawn with task '{change.task}' and is still there; jobs/bank.py gc --delete removes it"
+            yield Finding(name, False, detail)
+        if not left:
+            detail = f"withdrawn by increment {change.increment} with {len(names)} files, all gone"
+            yield Finding(f"task {change.task}", True, detail)

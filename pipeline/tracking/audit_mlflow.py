@@ -4,14 +4,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.tracking.finding import Finding
-from pipeline.tracking.manifest import Manifest
-from pipeline.tracking.registry import CANDIDATE, CHAMPION, MANIFEST_TAG, Registry, row_metrics, run_tags, version_tags
+from pipeline.tracking.manifest import Entry
+from pipeline.tracking.registry import (
+    CANDIDATE,
+    CHAMPION,
+    MANIFEST_TAG,
+    Registry,
+    aliases_of,
+    row_metrics,
+    run_tags,
+    version_tags,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def mlflow_findings(registry: Registry, manifests: Iterable[Manifest]) -> Iterator[Finding]:
+def mlflow_findings(registry: Registry, manifests: Iterable[Entry]) -> Iterator[Finding]:
     """Versions, aliases and runs in MLflow against the manifests. MLflow failing half-way is one more finding."""
     try:
         yield from _compare(registry, manifests)
@@ -24,7 +33,7 @@ def unreachable(error: Exception) -> Finding:
     return Finding("MLflow", False, f"cannot be compared: {str(error).strip().partition(chr(10))[0]}")
 
 
-def _compare(registry: Registry, manifests: Iterable[Manifest]) -> Iterator[Finding]:
+def _compare(registry: Registry, manifests: Iterable[Entry]) -> Iterator[Finding]:
     manifests = sorted(manifests, key=lambda manifest: manifest.increment)
     versions = registry.versions()
     matched = _match(manifests, versions)
@@ -49,7 +58,7 @@ def _compare(registry: Registry, manifests: Iterable[Manifest]) -> Iterator[Find
     yield from _alias_findings(registry, manifests, matched)
 
 
-def _match(manifests: list[Manifest], versions: list["ModelVersion"]) -> dict[str, "ModelVersion"]:
+def _match(manifests: list[Entry], versions: list["ModelVersion"]) -> dict[str, "ModelVersion"]:
     """Version by manifest sha256: first by that tag, then, as it may be the one changed, by most of the other tags."""
     tagged = {version.tags.get(MANIFEST_TAG): version for version in reversed(versions)}  # the oldest of several
     matched = {manifest.sha256: tagged[manifest.sha256] for manifest in manifests if manifest.sha256 in tagged}
@@ -73,7 +82,7 @@ def _tag_differences(found: Mapping[str, str], expected: Mapping[str, str]) -> I
             yield f"tag {key} is {found.get(key)!r}, {expected.get(key)!r} is expected"
 
 
-def _run_differences(registry: Registry, version: "ModelVersion", manifest: Manifest) -> list[str]:
+def _run_differences(registry: Registry, version: "ModelVersion", manifest: Entry) -> list[str]:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -91,10 +100,10 @@ def _run_differences(registry: Registry, version: "ModelVersion", manifest: Mani
 
 
 def _alias_findings(
-    registry: Registry, manifests: list[Manifest], matched: Mapping[str, "ModelVersion"]
+    registry: Registry, manifests: list[Entry], matched: Mapping[str, "ModelVersion"]
 ) -> Iterator[Finding]:
     aliases = registry.aliases()
-    promoted = [manifest for manifest in manifests if manifest.verdict == "promoted"]
+    promoted = [manifest for manifest in manifests if CHAMPION in aliases_of(manifest)]
     for alias, owners in ((CANDIDATE, manifests), (CHAMPION, promoted)):
         owner = matched.get(owners[-1].sha256) if owners else None
         expected = int(owner.version) if owner else None

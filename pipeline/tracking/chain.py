@@ -3,7 +3,8 @@
     <work_dir>/increments/0001-<task>/manifest.json   each names its parent's sha256 <work_dir>/champion.json
     the head's sha256 and the table of all bundles; replaced by rename
 
-The head is the newest manifest, promoted or rejected; the table is the fold of the chain. Until champion.json is
+The head is the newest entry, an increment promoted or rejected or a change (manifest.py); the table is the fold of the
+chain. Until champion.json is
 replaced, as the last act of publishing, the old champion stands whole; an increment folder that the head does not
 reach is what a killed publish left over.
 """
@@ -11,7 +12,7 @@ reach is what a killed publish left over.
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -22,11 +23,12 @@ from pydantic import Field, ValidationError
 from data_contracts.errors import UserError
 from pipeline.config import describe
 from pipeline.experts.bank import Bank
-from pipeline.files import canonical_json, fsync_dir, sha256_bytes, sha256_file, write_atomic
+from pipeline.files import canonical_json, fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
+from pipeline.tracking.history import History, take_over
 from pipeline.tracking.manifest import (
     MANIFEST,
-    ROUTER,
     RUN,
+    Entry,
     Manifest,
     Record,
     RoleName,
@@ -37,7 +39,8 @@ from pipeline.tracking.manifest import (
 
 CHAMPION = "champion.json"
 INCREMENTS = "increments"
-_FOLDER = re.compile(r"(\d{4,})-([a-z][a-z0-9_]{0,62})")
+_NAME = r"[a-z][a-z0-9_]{0,62}"
+_FOLDER = re.compile(rf"(\d{{4,}})-({_NAME}|restored\.[1-9]\d*|retired\.{_NAME})")
 
 
 class Champion(Record):
@@ -85,8 +88,8 @@ def _write_champion(work_dir: Path, champion: Champion) -> None:
     _known[data] = champion
 
 
-def load_chain(work_dir: Path | str) -> list[Manifest]:
-    """All manifests from the head back to the first; empty when nothing was published.
+def load_chain(work_dir: Path | str) -> list[Entry]:
+    """All entries from the head back to the first; empty when nothing was published.
 
     Every manifest is re-hashed against the digest that names it, and champion.json against the fold of the chain.
     Raises UserError naming what differs.
@@ -108,18 +111,17 @@ def load_chain(work_dir: Path | str) -> list[Manifest]:
     return manifests
 
 
-def fold(manifests: Iterable[Manifest]) -> Champion | None:
+def fold(manifests: Iterable[Entry]) -> Champion | None:
     """The champion that a chain of manifests, in any order, leads to; None for no manifest."""
-    ordered = sorted(manifests, key=lambda manifest: manifest.increment)
-    if not ordered:
+    return champion_of(History.of(manifests))
+
+
+def champion_of(history: History) -> Champion | None:
+    """The champion that a history leads to; None for an empty one."""
+    if history.head is None:
         return None
-    bundles: dict[str, dict[str, str]] = {}
-    state: dict[str, dict[str, str]] = {}
-    promoted = 0
-    for manifest in ordered:
-        if take_over(bundles, state, manifest):
-            promoted = manifest.increment
-    return Champion(head=ordered[-1].sha256, increment=promoted, bundles=bundles, state=state)
+    promoted = history.promoted.increment if history.promoted else 0
+    return Champion(head=history.head.sha256, increment=promoted, bundles=history.bundles, state=history.state)
 
 
 def advance(champion: Champion | None, manifest: Manifest) -> Champion:
@@ -130,28 +132,6 @@ def advance(champion: Champion | None, manifest: Manifest) -> Champion:
     # every part comes from a validated record: validating the whole table again would cost more with every task
     changes = {"head": manifest.sha256, "increment": promoted, "bundles": bundles, "state": state}
     return before.model_copy(update=changes)
-
-
-def take_over(bundles: dict[str, dict[str, str]], state: dict[str, dict[str, str]], manifest: Manifest) -> bool:
-    """Bring the tables of bundles and method state, by task, up to date in place; False for a rejected increment."""
-    if manifest.verdict == "rejected":
-        return False
-    bundles.update(manifest.bundles)
-    state.pop(manifest.task, None)
-    replace_router(state, manifest)
-    if manifest.state:
-        state[manifest.task] = manifest.state
-    return True
-
-
-def replace_router(state: dict[str, dict[str, str]], manifest: Manifest) -> None:
-    """Take the router out of a table of states, by task, in place, where the increment brings a newer one: it is one
-    for all tasks and stands with the task it learned last.
-    """
-    for task in [task for task, names in state.items() if ROUTER in names] if ROUTER in manifest.state else []:
-        state[task] = {name: sha for name, sha in state[task].items() if name != ROUTER}
-        if not state[task]:
-            del state[task]
 
 
 def champion_differences(found: Champion, expected: Champion) -> list[str]:
@@ -170,16 +150,21 @@ def champion_differences(found: Champion, expected: Champion) -> list[str]:
     return differences
 
 
-def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) -> Champion:
-    """Publish an increment whose files stand in `staged_dir` and whose tensors are in the bank.
+def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Entry) -> Champion:
+    """Publish an entry of the chain: a change, or an increment whose files stand in `staged_dir` and whose tensors are
+    in the bank.
 
     `staged_dir` lies below <work_dir>/inflight. Everything is verified and made durable first; then the folder is
     renamed into the chain; then champion.json is replaced. A kill at any moment leaves the old champion or the new
     one, whole. Publishing the head again changes nothing. manifest.json is written here, run.json may stand beside
     it. Raises UserError when a staged file or bank file is missing, altered or not named by the manifest, or when
-    the manifest does not follow the head.
+    the manifest does not follow the head, or the disk refuses to take it.
     """
-    work_dir, staged_dir = Path(work_dir), Path(staged_dir)
+    with writing(work_dir):
+        return _publish(Path(work_dir), Path(staged_dir), manifest)
+
+
+def _publish(work_dir: Path, staged_dir: Path, manifest: Entry) -> Champion:
     champion = read_champion(work_dir)
     if champion is not None and champion.head == manifest.sha256:
         return champion
@@ -187,8 +172,7 @@ def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) ->
     head = 0 if champion is None else _head(work_dir, folders, champion).increment
     _check_follows(work_dir, champion, head, manifest)
     bank = Bank(work_dir / "bank")
-    named = [*manifest.bundles.values(), manifest.bank, manifest.state]
-    for sha in sorted({sha for digests in named for sha in digests.values()}):
+    for sha in sorted(set(digests_of(manifest))):
         bank.verify(sha)
     if not (staged_dir / MANIFEST).exists():
         write_atomic(staged_dir / MANIFEST, manifest.to_bytes())
@@ -197,7 +181,8 @@ def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) ->
         raise UserError(
             f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
         )
-    _make_durable(staged_dir)
+    make_durable(staged_dir)
+    after = advance(champion, manifest) if isinstance(manifest, Manifest) else fold([manifest, *load_chain(work_dir)])
 
     for folder in _left_over_folders(work_dir, champion, head, folders):
         shutil.rmtree(folder)
@@ -206,14 +191,35 @@ def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Manifest) ->
     fsync_dir(work_dir)
     os.rename(staged_dir, increments / manifest.folder)
     fsync_dir(increments)
-    after = advance(champion, manifest)
     _write_champion(work_dir, after)
     return after
 
 
-def folder_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """One sentence for each file of an increment's folder that is missing, altered, or not named by its manifest."""
-    expected = {**manifest.files, MANIFEST: manifest.sha256}
+def digests_of(manifest: Entry) -> Iterator[str]:
+    """Every bank file that an increment names; a change names none that must be there."""
+    if isinstance(manifest, Manifest):
+        for roles in (*manifest.bundles.values(), manifest.bank, manifest.state):
+            yield from roles.values()
+
+
+def read_published(work_dir: Path | str, folder: str, files: Mapping[str, str], name: str) -> bytes:
+    """A file of an increment's folder, verified against the digests its manifest gives. Raises UserError naming it."""
+    path = Path(work_dir) / INCREMENTS / folder / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it from a backup") from error
+    if sha256_bytes(data) != files.get(name):
+        raise UserError(f"{path}: is not the file its manifest names, it was altered; restore it from a backup")
+    return data
+
+
+def folder_problems(folder: Path, manifest: Entry, withdrawn: Container[str] = ()) -> list[str]:
+    """One sentence for each file of an entry's folder that is missing, altered, not named by its manifest, or still
+    there though `withdrawn`.
+    """
+    files = manifest.files if isinstance(manifest, Manifest) else {}
+    expected = {name: sha for name, sha in files.items() if name not in withdrawn} | {MANIFEST: manifest.sha256}
     problems = []
     for name, sha in sorted(expected.items()):
         path = folder / name
@@ -230,27 +236,49 @@ def folder_problems(folder: Path, manifest: Manifest) -> list[str]:
     present = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
-    problems += [f"{name} is not named by the manifest" for name in sorted(present - expected.keys() - {RUN})]
+    for name in sorted(present - expected.keys() - {RUN}):
+        here = name in files
+        problems.append(f"{name} {'was withdrawn and is still there' if here else 'is not named by the manifest'}")
     return problems
 
 
-def clean_left_overs(work_dir: Path | str) -> list[str]:
-    """Remove what a killed publish left (an increment folder after the head, half-written files); returns the names.
+_STRAY = (".*.tmp", "bank/.*.tmp", "inflight/.*.tmp", "quarantine/*/.*.tmp", "prepared/*/.*")
 
-    Raises UserError, removing nothing, when the folders beyond the head are not such a left-over: champion.json was
-    then lost or set back, and removing them would destroy published work.
+
+def stray_files(work_dir: Path) -> list[Path]:
+    """Files and folders that were being written when a job died; none of them ever gets its name."""
+    return sorted(path for pattern in _STRAY for path in work_dir.glob(pattern))
+
+
+def clean_left_overs(work_dir: Path | str) -> list[str]:
+    """Remove `left_overs`; returns their names. Raises UserError, removing nothing, as it does."""
+    work_dir = Path(work_dir)
+    return remove_paths(work_dir, left_overs(work_dir))
+
+
+def left_overs(work_dir: Path | str) -> list[Path]:
+    """What a killed job left: an increment folder after the head, half-written files.
+
+    Raises UserError when the folders beyond the head are not such a left-over: champion.json was then lost or set
+    back, and removing them would destroy published work.
     """
     work_dir = Path(work_dir)
     champion = read_champion(work_dir)
     folders = list(increment_folders(work_dir))
     head = 0 if champion is None else _head(work_dir, folders, champion).increment
-    left_over = _left_over_folders(work_dir, champion, head, folders)
-    for folder in left_over:
-        shutil.rmtree(folder)
-    half_written = [path for folder in (work_dir, work_dir / "bank") for path in folder.glob(".*.tmp")]
-    for path in half_written:
-        path.unlink(missing_ok=True)
-    return sorted(path.relative_to(work_dir).as_posix() for path in left_over + half_written)
+    return _left_over_folders(work_dir, champion, head, folders) + stray_files(work_dir)
+
+
+def remove_paths(work_dir: Path, paths: Iterable[Path]) -> list[str]:
+    """Remove files and folders; returns their names below the work_dir, sorted. Raises UserError where one stays."""
+    paths = sorted(paths)
+    with writing(work_dir):
+        for path in paths:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return [path.relative_to(work_dir).as_posix() for path in paths]
 
 
 def _left_over_folders(
@@ -278,12 +306,12 @@ def increment_folders(work_dir: Path | str) -> Iterator[tuple[int, Path]]:
         yield number, root / name
 
 
-def _head(work_dir: Path, folders: list[tuple[int, Path]], champion: Champion) -> Manifest:
+def _head(work_dir: Path, folders: list[tuple[int, Path]], champion: Champion) -> Entry:
     """The chain's newest manifest, verified, without a walk of the chain. Raises UserError when missing or altered."""
     return _find(work_dir, folders, champion.head, f"{CHAMPION} names as the head")
 
 
-def _check_follows(work_dir: Path, champion: Champion | None, number: int, manifest: Manifest) -> None:
+def _check_follows(work_dir: Path, champion: Champion | None, number: int, manifest: Entry) -> None:
     parent = None if champion is None else champion.head
     if (manifest.increment, manifest.parent) != (number + 1, parent):
         raise UserError(
@@ -292,11 +320,14 @@ def _check_follows(work_dir: Path, champion: Champion | None, number: int, manif
         )
 
 
-def _find(work_dir: Path | str, folders: list[tuple[int, Path]], sha: str, who: str) -> Manifest:
+def _find(work_dir: Path | str, folders: list[tuple[int, Path]], sha: str, who: str) -> Entry:
     """The manifest with digest `sha` among numbered folders, newest first."""
     for number, folder in reversed(folders):
         path = folder / MANIFEST
-        data = path.read_bytes() if path.is_file() else b""
+        try:
+            data = path.read_bytes() if path.is_file() else b""
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
         if sha256_bytes(data) != sha:
             continue
         manifest = parse_manifest(data, path)
@@ -312,13 +343,3 @@ def _flat(table: dict[str, dict[str, str]]) -> dict[str, str]:
     return {
         f"{task} {role}".strip(): sha for task, roles in table.items() for role, sha in (roles or {"": "empty"}).items()
     }
-
-
-def _make_durable(folder: Path) -> None:
-    """fsync every file and folder below `folder`, and its parent."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        if path.is_dir():
-            fsync_dir(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

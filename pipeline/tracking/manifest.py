@@ -3,6 +3,15 @@
 A manifest holds only what a repeated run would write again: no path, host, address, time or placement. Its sha256
 is taken over its canonical JSON and is named by the next manifest as `parent`, which makes the chain. What differs
 between runs stands in run.json.
+
+Beside increments the chain holds changes: `restored`, which makes the champion again what it was after an earlier
+entry, and `retired`, which withdraws a task with its experts. A change is an entry like any other: it has the next
+number and a folder with its manifest.json (a `Change`) and run.json,
+
+    increments/0004-restored.2/        the champion is again as it was after entry 2
+    increments/0005-retired.tweets/    task tweets withdrawn; the manifest names the withdrawn files with their digests
+
+and rewrites nothing. Withdrawn files are removed once the entry stands; the digests that name them stay.
 """
 
 import json
@@ -58,10 +67,25 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _increment_file(name: str) -> str:
+    folder, _, rest = name.partition("/")
+    if not re.fullmatch(r"\d{4,}-[a-z][a-z0-9_]{0,62}", folder):
+        raise ValueError(f"{name!r} is not a file of an increment's folder")
+    _file_name(rest)
+    return name
+
+
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 RoleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 FileName = Annotated[str, AfterValidator(_file_name)]
+DataPlace = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(prepared/[a-z][a-z0-9_]{0,62}/[0-9a-f]{64}|quarantine/[a-z][a-z0-9_]{0,62}/[0-9a-f]{64}\.parquet)$"
+    ),
+]
+IncrementFile = Annotated[str, AfterValidator(_increment_file)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
 PlainDict = Annotated[dict[str, Any], BeforeValidator(_plain_json), AfterValidator(_no_places)]
 
@@ -106,8 +130,21 @@ class BackboneRecord(Record):
     dtype: str
 
 
-class Manifest(Record):
-    """One increment. `sha256` is its name in the chain."""
+class Link(Record):
+    """A link of the chain. `sha256` is its name there."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content: canonical JSON in UTF-8."""
+        return canonical_json(self.model_dump(mode="json")).encode("utf-8")
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of `to_bytes()`."""
+        return sha256_bytes(self.to_bytes())
+
+
+class Manifest(Link):
+    """One increment."""
 
     format: Literal[1] = 1
     increment: int = Field(ge=1)
@@ -146,27 +183,66 @@ class Manifest(Record):
         """A stream without a router has no second row, not an empty one."""
         return {key: value for key, value in handler(self).items() if key != "row_inferred" or value}
 
-    def to_bytes(self) -> bytes:
-        """The file's content: canonical JSON in UTF-8."""
-        return canonical_json(self.model_dump(mode="json")).encode("utf-8")
-
-    @property
-    def sha256(self) -> str:
-        """Hex sha256 of `to_bytes()`."""
-        return sha256_bytes(self.to_bytes())
-
     @property
     def folder(self) -> str:
         """Name of the increment's folder: its number in four digits or more, and its task."""
         return f"{self.increment:04d}-{self.task}"
 
 
-def parse_manifest(data: bytes, where: Path | str) -> Manifest:
+class Change(Link):
+    """An entry that learns nothing: an earlier champion restored, or a task retired."""
+
+    format: Literal[1] = 1
+    increment: int = Field(ge=2)  # its number in the chain
+    parent: Sha256
+    verdict: Literal["restored", "retired"]
+    to: int | None = Field(None, ge=1)  # restored: the entry whose champion stands again
+    task: TaskName | None = None  # retired
+    withdrawn: tuple[Sha256, ...] = ()  # retired: bank files, sorted
+    withdrawn_files: dict[IncrementFile, Sha256] = Field(default_factory=dict)  # retired: below increments/
+    withdrawn_data: tuple[DataPlace, ...] = ()  # retired: its prepared shards and quarantine, below the work_dir
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Change":
+        restored = self.verdict == "restored"
+        if restored != (self.to is not None) or restored == (self.task is not None):
+            raise ValueError("a restored champion names the entry it was after, a retired task itself")
+        if restored and (self.withdrawn or self.withdrawn_files or self.withdrawn_data):
+            raise ValueError("only a retired task withdraws files")
+        if self.to is not None and self.to >= self.increment:
+            raise ValueError(f"entry {self.increment} cannot restore entry {self.to}: it is not an earlier one")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What happened, in a word."""
+        return f"{self.verdict}.{self.to if self.task is None else self.task}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the entry's folder."""
+        return f"{self.increment:04d}-{self.name}"
+
+
+Entry = Manifest | Change
+
+
+def parse_manifest(data: bytes, where: Path | str) -> Entry:
     """Read a manifest's bytes. Raises UserError naming `where` when they are no manifest or not its canonical form."""
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = _read(data)
     except ValidationError as error:
         raise UserError(f"{where}: not a valid manifest ({describe(error)}); restore it from a backup") from error
     if manifest.to_bytes() != data:
         raise UserError(f"{where}: not in the form it was written in; restore it from a backup")
     return manifest
+
+
+def _read(data: bytes) -> Entry:
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        try:
+            return Change.model_validate_json(data)
+        except ValidationError:
+            raise error from None

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
 from pipeline.files import canonical_json, sha256_text
-from pipeline.tracking.manifest import MANIFEST, Manifest
+from pipeline.tracking.manifest import MANIFEST, Change, Entry
 from pipeline.tracking.registry import (
-    CANDIDATE,
-    CHAMPION,
     Registry,
+    aliases_of,
     default_uri,
     equals,
     open_client,
@@ -137,7 +136,7 @@ class Tracker:
             else:
                 self.client.log_artifact(self._run_id(), str(path))
 
-    def register(self, manifest: Manifest, run: "Run | None" = None) -> "ModelVersion":
+    def register(self, manifest: Entry, run: "Run | None" = None) -> "ModelVersion":
         """Register a published increment as a model version, once for a manifest, and move the aliases.
 
         `candidate` names the newest version, `champion` the newest promoted one. Neither is moved back by an older
@@ -154,10 +153,16 @@ class Tracker:
         missing = {name: score for name, score in row_metrics(manifest).items() if name not in logged}
         self._metrics(run_id, manifest.increment, missing)
         version = self._version(manifest, run)
-        for alias in [CANDIDATE] + [CHAMPION] * (manifest.verdict == "promoted"):
+        for alias in aliases_of(manifest):
             if self.registry.alias(alias) < int(version.version):
                 self.client.set_registered_model_alias(self.registered_model, alias, version.version)
         return self.client.get_model_version(self.registered_model, version.version)
+
+    def register_change(self, change: Change) -> None:
+        """Register a change of the chain, which has a run and a version of its own; once."""
+        self.increment(change.increment, change.name, change.sha256)
+        self.register(change)
+        self.finish()
 
     def finish(self, ok: bool = True) -> None:
         """Close the increment's run as finished or failed."""
@@ -203,7 +208,7 @@ class Tracker:
             self.client.create_registered_model(self.registered_model)
         return self.registered_model
 
-    def _version(self, manifest: Manifest, run: "Run") -> "ModelVersion":
+    def _version(self, manifest: Entry, run: "Run") -> "ModelVersion":
         version = self.registry.find_version(manifest.sha256)
         if version is not None:
             return version

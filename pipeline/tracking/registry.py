@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import UserError
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.manifest import Change, Entry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,12 +42,12 @@ class Registry:
         found = _all_pages(lambda token: self.client.search_model_versions(query, page_token=token))
         return min(found, key=lambda version: int(version.version), default=None)
 
-    def is_registered(self, manifest: Manifest) -> bool:
+    def is_registered(self, manifest: Entry) -> bool:
         """Whether a manifest has its version and the aliases are at it or beyond: False after a kill in between."""
         version = self.find_version(manifest.sha256)
         if version is None:
             return False
-        due = (CANDIDATE, CHAMPION) if manifest.verdict == "promoted" else (CANDIDATE,)
+        due = aliases_of(manifest)
         return all(self.alias(alias) >= int(version.version) for alias in due)
 
     def aliases(self) -> dict[str, int]:
@@ -69,8 +69,15 @@ class Registry:
             return 0
 
 
-def version_tags(manifest: Manifest) -> dict[str, str]:
+def aliases_of(manifest: Entry) -> tuple[str, ...]:
+    """The aliases that an entry moves to its version: a restored champion or a retired task makes a new champion."""
+    return (CANDIDATE,) if manifest.verdict == "rejected" else (CANDIDATE, CHAMPION)
+
+
+def version_tags(manifest: Entry) -> dict[str, str]:
     """The tags of a manifest's registered version; the audit holds them against the manifest."""
+    if isinstance(manifest, Change):
+        return run_tags(manifest) | {"parent": manifest.parent, "head": manifest.sha256}
     return {
         "task": manifest.task,
         "increment": str(manifest.increment),
@@ -85,16 +92,18 @@ def version_tags(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def row_metrics(manifest: Manifest) -> dict[str, float]:
+def row_metrics(manifest: Entry) -> dict[str, float]:
     """The metrics of a manifest's run that the audit holds against it: its row of R, with task ids and without."""
+    if isinstance(manifest, Change):
+        return {}
     rows = {"row": manifest.row, "row_inferred": manifest.row_inferred}
     return {f"{name}.{task}": score for name, row in rows.items() for task, score in row.items()}
 
 
-def run_tags(manifest: Manifest) -> dict[str, str]:
+def run_tags(manifest: Entry) -> dict[str, str]:
     """The tags of a manifest's run: it is found by the manifest's sha256."""
     return {
-        "task": manifest.task,
+        "task": manifest.name if isinstance(manifest, Change) else manifest.task,
         "increment": str(manifest.increment),
         MANIFEST_TAG: manifest.sha256,
         "verdict": manifest.verdict,
@@ -113,7 +122,7 @@ def open_client(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def open_registry(work_dir: Path | str, manifests: Sequence[Manifest], uri: str | None = None) -> Registry:
+def open_registry(work_dir: Path | str, manifests: Sequence[Entry], uri: str | None = None) -> Registry:
     """The registry that holds the versions of these manifests, found by their sha256, newest first; nothing is created.
 
     Of several models that hold the same manifest (learned again elsewhere), the one of this work_dir is taken.

@@ -7,12 +7,13 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from pipeline.files import canonical_json, fsync_dir
+from pipeline.files import canonical_json, fsync_dir, writing
 from pipeline.placement.state import MOMENTS
 from pipeline.tensor_files import TensorFile, write_tensors
 
@@ -31,15 +32,20 @@ class Progressed:
 def save_inflight(
     folder: Path, done: Progressed, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
-    """Replace the in-flight file, atomically; the tensors are those of `placement.state.stream_state`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{_FILE}.{secrets.token_hex(4)}.tmp"
-    try:
-        write_tensors(temporary, shapes, tensors, canonical_json(asdict(done)))
-        os.replace(temporary, folder / _FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_dir(folder)
+    """Replace the in-flight file, atomically; the tensors are those of `placement.state.stream_state`.
+
+    Raises UserError where the disk refuses; the old file then stands.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{_FILE}.{secrets.token_hex(4)}.tmp"
+        try:
+            write_tensors(temporary, shapes, tensors, canonical_json(asdict(done)))
+            os.replace(temporary, folder / _FILE)
+        finally:
+            with suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+        fsync_dir(folder)
 
 
 def load_inflight(folder: Path, key: str) -> Progressed | None:

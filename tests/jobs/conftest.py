@@ -14,6 +14,7 @@ from tests.helpers import make_task
 from tests.jobs import mistakes_in_models, mistakes_in_streams, mistakes_in_tasks  # noqa: F401 (each registers its own)
 from tests.jobs.history import History, make_history
 from tests.jobs.launch import Done, end_everything
+from tests.jobs.life import Life, make_life
 from tests.jobs.methods import learn_by_methods
 from tests.jobs.mistakes import Made, make_mistakes
 from tests.jobs.routed import Routed, learn_routed
@@ -23,6 +24,7 @@ from tests.jobs.two_ranks import Shared, Stopped, share_a_launch, stop_by_signal
 # file -> the launches it looks at
 NEEDS = {
     "test_adapters": {"methods"},
+    "test_bank": {"life"},
     "test_bad_input": {"learned", "on_one_rank", "on_two_ranks"},
     "test_predict": {"learned", "on_one_rank", "on_two_ranks"},
     "test_retention": {"learned", "on_two_ranks", "methods"},
@@ -59,6 +61,7 @@ def launches(request, inputs, tmp_path_factory) -> Iterator[dict[str, Future]]:
         "routed": lambda folder: learn_routed(inputs, folder),
         "history": lambda folder: make_history(inputs.backbone, folder),
         "methods": lambda folder: learn_by_methods(inputs, folder),
+        "life": lambda folder: make_life(inputs.backbone, folder),
         "on_one_rank": lambda folder: make_mistakes(to_come["learned"].result(), folder),
     }
     two_ranks, plain = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -106,6 +109,12 @@ def methods(launches) -> dict[str, tuple[Path, Done]]:
 def history(launches) -> History:
     """New versions, new data and rejections in one work_dir."""
     return launches["history"].result()
+
+
+@pytest.fixture(scope="session")
+def life(launches) -> Life:
+    """A champion restored and a task retired."""
+    return launches["life"].result()
 
 
 @pytest.fixture(scope="session")

@@ -164,6 +164,7 @@ def by_hand():
         files_of=files_of,
         die_at=die_at,
         sha=sha,
+        sha_of=lambda data: hashlib.sha256(data).hexdigest(),
     )
 
 
