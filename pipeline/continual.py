@@ -98,8 +98,8 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag) -> int:
                 if config.gate.on_reject == "stop":
                     break
         if world.is_main:
-            final_report(config, history, tracker.uri)
             tracker.close()
+            final_report(config, history, tracker.uri)
             mark(work_dir, FINISHED, {"exit_code": code, "head": history.head_sha256})
     except BaseException as error:
         if isinstance(error, StoppedOnRequest):
@@ -131,10 +131,10 @@ def learn(
     increment = next_increment(job, task.task, history)
     key = inputs_key(job, task, history, backbone)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    run_id, step_seconds = "", []
+    step_seconds: list[float] = []
     if tracker is not None:
         with job.timed("tracking"):
-            run_id = open_run(tracker, job, increment.number, task, key)
+            open_run(tracker, job, increment.number, task, key)
 
     startup: dict[str, Any] = {}
 
@@ -164,6 +164,7 @@ def learn(
         evaluated = evaluate(job, increment, scored, trained, router, at_hand)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(config.gate, task.task, evaluated.row, history.row)
+    run_id = tracker.run_id() if tracker is not None else ""
     context = Context(history, backbone, key, run_id, started, getpass.getuser(), startup)
     with job.timed("register"):
         manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))
@@ -171,19 +172,18 @@ def learn(
         shutil.rmtree(job.inflight, ignore_errors=True)
     if tracker is not None:
         with job.timed("tracking"):
-            record(tracker, job.work_dir, manifest)
+            record(tracker, manifest, key)
     say(world, f"increment {manifest.increment} {manifest.verdict}: {'; '.join(verdict.reasons) or 'all rules hold'}")
     return manifest
 
 
-def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: str) -> str:
-    """Open an increment's MLflow run with its parameters and data sets; returns its id."""
-    run_id = tracker.increment(number, task.task, key).info.run_id
+def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: str) -> None:
+    """Open an increment's MLflow run with its parameters and data sets."""
+    tracker.increment(number, task.task, key)
     tracker.log_params({**job.config.model_dump(mode="json"), "world_size": job.world.size})
     for split, digest in task.data_digests.items():
         context = {"train": "training", "validation": "validation", "test": "testing"}[split]
         tracker.log_inputs(split, digest, task.counts[split]["kept"], list(task.files), context)
-    return run_id
 
 
 def prepare_tasks(
@@ -261,23 +261,17 @@ def open_tracker(config: StreamConfig, world: World, history: History) -> Tracke
     return opened[0] if opened else None
 
 
-def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
+def record(tracker: Tracker, manifest: Manifest, inputs_key: str) -> None:
     """Tell MLflow of a published increment: row, heat map, manifest, registered version."""
-    folder = work_dir / "increments" / manifest.folder
-    tracker.log_row(manifest.row)
-    tracker.log_row(manifest.row_inferred, "row_inferred")
     names = ("report.png", "row.json", "manifest.json", *([REVIEW] if REVIEW in manifest.files else []))
-    tracker.log_artifacts([folder / name for name in names])
-    tracker.register(manifest)
-    tracker.finish()
+    tracker.published(manifest, names, inputs_key)
 
 
 def catch_up(tracker: Tracker, work_dir: Path, head: Manifest | None) -> None:
-    """Register the newest increment where a launch was killed between its publishing and its registration."""
-    if head is not None and not tracker.registry.is_registered(head):
+    """Tell MLflow of the newest increment where a launch was killed between its publishing and that."""
+    if head is not None:
         run = json.loads((work_dir / "increments" / head.folder / "run.json").read_text())
-        tracker.increment(head.increment, head.task, run["inputs_key"])
-        record(tracker, work_dir, head)
+        record(tracker, head, run["inputs_key"])
 
 
 def step_metrics(step: StepLog) -> dict[str, float]:
