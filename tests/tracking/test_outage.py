@@ -2,15 +2,11 @@
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import sqlite3
-import subprocess
-import sys
+import threading
 import time
-import urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +96,7 @@ def account(uri, work_dir):
             "artifacts": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
         }
     versions = {
-        version.version: ({k: plain(v) for k, v in version.tags.items()}, names[version.run_id])
+        int(version.version): ({k: plain(v) for k, v in version.tags.items()}, names[version.run_id])
         for version in client.search_model_versions("name = 'outage'")
     }
     aliases = {alias: int(version) for alias, version in client.get_registered_model("outage").aliases.items()}
@@ -140,43 +136,30 @@ def locked(database):
 
 
 @pytest.fixture
-def server(registered, tmp_path):
-    """A real `mlflow server` that can be stopped and started again on the same database."""
+def server(registered, tmp_path, monkeypatch):
+    """MLflow's own REST server on sqlite, which can be stopped and started again; in a thread, since a process of its
+    own takes ten seconds to start.
+    """
+    from werkzeug.serving import make_server
+
     home, port, running = tmp_path / "server", free_port(), []
     home.mkdir()
     shutil.copy(registered.work_dir / "mlflow.db", home / "mlflow.db")
-    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{home / 'mlflow.db'}")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(home / "files"))
+    from mlflow.server import app
 
     def start():
-        options = [
-            "--backend-store-uri",
-            f"sqlite:///{home / 'mlflow.db'}",
-            "--default-artifact-root",
-            str(home / "files"),
-        ]
-        arguments = [*options, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *arguments],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                if urllib.request.urlopen(f"{uri}/health", timeout=1).status == 200:
-                    return
-            time.sleep(0.1)
-        raise AssertionError("the server did not start")
+        listening = make_server("127.0.0.1", port, app, threaded=True)
+        running.append(listening)
+        threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop():
-        process = running.pop()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        listening = running.pop()
+        listening.shutdown()
+        listening.server_close()
 
-    yield SimpleNamespace(uri=uri, start=start, stop=stop, database=home / "mlflow.db")
+    yield SimpleNamespace(uri=f"http://127.0.0.1:{port}", start=start, stop=stop)
     if running:
         stop()
 
@@ -198,7 +181,7 @@ def test_a_server_killed_in_the_middle_and_back_later_ends_as_if_it_had_never_be
             server.start()
 
     tracker = learn(work_dir, server.uri, by_hand, fate)
-    assert tracker.waiting == 0 and list((work_dir / "outbox").iterdir()) == []
+    assert tracker.flush(60) and tracker.waiting == 0 and list((work_dir / "outbox").iterdir()) == []
     assert account(server.uri, work_dir) == undisturbed
     said = capsys.readouterr()
     assert said.err.count("warning: MLflow at") == 1 and "takes nothing at present" in said.err
@@ -327,7 +310,7 @@ def test_the_audit_tells_what_is_not_delivered_from_what_differs(
     assert "DIFFERS" not in said and " differ" not in said
     assert "4 not yet delivered to MLflow" in said  # the outbox, the version and the two aliases
     assert "PENDING" in said and "among them 0003-tweets" in said
-    Tracker(work_dir, "outage", TrackingConfig(uri=uri, **SETTINGS)).close()
+    assert Tracker(work_dir, "outage", TrackingConfig(uri=uri, **SETTINGS)).flush(30)
     assert command.main(["--work-dir", str(work_dir)]) == 0
 
 
