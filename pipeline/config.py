@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_contracts.errors import UserError
+from data_contracts.yaml_text import parse_yaml
 from pipeline.files import canonical_json, sha256_file, sha256_text
+
+MAX_STREAM_BYTES = 1_000_000
 
 
 class Section(BaseModel):
@@ -198,7 +202,7 @@ def build_method(config: "StreamConfig"):
 def method_module(name: Any):
     """The module of a method, which has `Options` and `build`. Raises ValueError naming the methods there are."""
     if not isinstance(name, str) or name not in method_names():
-        raise ValueError(f"method.name is {name!r}; it must be one of: {', '.join(method_names())}")
+        raise ValueError(f"method.name is {reprlib.repr(name)}; it must be one of: {', '.join(method_names())}")
     return importlib.import_module(f"pipeline.methods.{name}")
 
 
@@ -209,7 +213,9 @@ def load_stream(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_STREAM_BYTES:
+            raise UserError(f"{path}: is too large for a stream file ({MAX_STREAM_BYTES:,} bytes); name the YAML file")
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the stream file ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -255,7 +261,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: '{parent}' is a value, not a section; correct the key path")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from error
 

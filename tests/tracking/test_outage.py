@@ -30,6 +30,7 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(courier, "_FIRST_PAUSE", 0.0)
     monkeypatch.setattr(courier, "_LONGEST_PAUSE", 0.0)
     monkeypatch.setattr(mlflow_log, "_FAIL_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
 @pytest.fixture
