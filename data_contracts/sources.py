@@ -59,7 +59,7 @@ def source_name(path: str, roots: list[str | Path]) -> str:
 def _refuse_tricks(pattern: str) -> None:
     if len(pattern) > _MAX_PATTERN or pattern.count("/") > _MAX_DEPTH:
         raise UserError(
-            f"{pattern[:40]!r}... has over {_MAX_PATTERN} characters or {_MAX_DEPTH} folders; give the data a shorter name"
+            f"{pattern[:40]!r}... has over {_MAX_PATTERN} characters or {_MAX_DEPTH} folders; give it a shorter name"
         )
     if "::" in pattern:
         raise UserError(f"{pattern!r} chains protocols with '::', which is not allowed; name the file itself")

@@ -29,6 +29,4 @@ def parse_yaml(text: str) -> Any:
         raise yaml.MarkedYAMLError(problem="it is nested too deeply") from None
     except (ValueError, AttributeError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise yaml.MarkedYAMLError(
-            problem=f"it holds a value that is none of the kind it is written as: {reason}"
-        ) from None
+        raise yaml.MarkedYAMLError(problem=f"a value is not of the kind it is written as: {reason}") from None

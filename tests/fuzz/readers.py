@@ -73,10 +73,6 @@ SHAPES = {"model.layers.0.mlp.up_proj.lora_A": (2, 4), "model.layers.0.mlp.up_pr
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 7)}]\n" for before, name in pairwise("abcdefghij")
 )
-# 9 times 7^9 values in half a kilobyte
-LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 7)}]\n" for before, name in pairwise("abcdefghij")
-)
 BOMBS = [
     LAUGHS,
     LAUGHS + "task: *j\nprompt: *j\n",

@@ -173,8 +173,11 @@ def test_a_server_killed_in_the_middle_and_back_later_ends_as_if_it_had_never_be
 
     def fate(moment):
         if moment == "step 5 of 1":
+            while read_outbox(work_dir)[0]:  # what comes before is told
+                time.sleep(0.05)
             server.stop()
         if moment == "before 3":
+            time.sleep(0.5)  # not over before anybody noticed
             (finding,) = [finding for finding in audit(work_dir) if not finding.ok]
             assert finding.pending and "not yet delivered to" in finding.detail and server.uri in finding.detail
             assert "0001-product_reviews, 0002-tweets" in finding.detail
