@@ -65,9 +65,14 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
     gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off
+    # a loss over this many times ln(vocabulary), what blind guessing costs, stops the increment; null: none does
+    max_loss_factor: float | None = Field(3.0, gt=0)
     save_every: int = Field(50, ge=1)  # steps between two in-flight states
     # layers keep their input alone and are computed again in backward: less memory for one more forward pass a step
     activation_checkpointing: bool = False
+
+
+_NOT_LEARNED = {"max_loss_factor", "save_every", "activation_checkpointing"}  # they decide none of the learned numbers
 
 
 class ReviewConfig(Section):
@@ -165,7 +170,7 @@ class StreamConfig(Section):
             "seed": self.seed,
             "method": self.method,
             "rows": self.rows.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude={"save_every", "activation_checkpointing"}),
+            "training": self.training.model_dump(mode="json", exclude=_NOT_LEARNED),
             "evaluation": self.evaluation.model_dump(mode="json"),
             "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
