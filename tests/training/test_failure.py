@@ -70,7 +70,8 @@ def train(monkeypatch, tmp_path, losses, norms, **settings):
         step=lambda: None,
         get_global_grad_norm=lambda: norms[at[0] - 1],
     )
-    model = SimpleNamespace(train=lambda: None, config=SimpleNamespace(vocab_size=148))  # 5 nats blindly
+    backbone = SimpleNamespace(config=SimpleNamespace(vocab_size=148))  # 5 nats blindly
+    model = SimpleNamespace(train=lambda: None, backbone=backbone)
     learner = SimpleNamespace(world=OneRank(), engine=engine, model=model, parameters={})
     config = SimpleNamespace(training=TrainingConfig(save_every=2, batch_size=2, **settings))
     error = nullcontext()
