@@ -80,6 +80,7 @@ def train_rows(
     saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
     step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
     kept = step  # of the state on disk
+    vocab_size = learner.model.backbone.config.vocab_size
     values, moments = open_inflight(inflight) if saved else (start, {})
     restore_state(learner.engine, learner.parameters, values, moments, step)
     penalties = method.penalties(learner, start)
