@@ -119,9 +119,7 @@ def train_rows(
             )
             loss = nll / answer_tokens
             # before the state is saved: the one on disk is from before this step
-            if problem := went_wrong(
-                loss, bool(lost), settings.max_loss_factor, learner.model.backbone.config.vocab_size
-            ):
+            if problem := went_wrong(loss, bool(lost), settings.max_loss_factor, vocab_size):
                 raise TrainingFailed(failure(f"{title}: {problem}", step, total, kept, rows.row_ids(chosen)))
             named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)} | penalty
             tokens = int(rows.lengths[chosen].sum())
