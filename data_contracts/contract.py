@@ -22,6 +22,7 @@ from pydantic import (
 
 from data_contracts.errors import UserError
 from data_contracts.template import prompt_columns
+from data_contracts.yaml_text import parse_yaml
 from pipeline.files import canonical_json, sha256_text
 
 TASK_PATTERN = r"^[a-z][a-z0-9_]{0,62}$"
@@ -218,15 +219,13 @@ def load_contract(path: Path | str) -> TaskContract:
     try:
         if path.stat().st_size > MAX_CONTRACT_BYTES:
             raise UserError(f"{path}: is too large for a contract ({MAX_CONTRACT_BYTES:,} bytes); name the YAML file")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save the contract as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({_yaml_place(error)}); mend it there") from None
-    except RecursionError:
-        raise UserError(f"{path}: is nested too deeply to be a contract") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping of contract fields such as 'task: product_reviews'")
     try:

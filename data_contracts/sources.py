@@ -10,6 +10,7 @@ import fsspec
 from data_contracts.errors import UserError
 
 _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_MAX_PATTERN, _MAX_DEPTH = 1024, 100
 _LOCAL_PROTOCOLS = ("file", "local")
 
 
@@ -56,6 +57,10 @@ def source_name(path: str, roots: list[str | Path]) -> str:
 
 
 def _refuse_tricks(pattern: str) -> None:
+    if len(pattern) > _MAX_PATTERN or pattern.count("/") > _MAX_DEPTH:
+        raise UserError(
+            f"{pattern[:40]!r}... has over {_MAX_PATTERN} characters or {_MAX_DEPTH} folders; give it a shorter name"
+        )
     if "::" in pattern:
         raise UserError(f"{pattern!r} chains protocols with '::', which is not allowed; name the file itself")
     if "\x00" in pattern or ".." in re.split(r"[/\\]", re.sub("%2e", ".", pattern, flags=re.IGNORECASE)):

@@ -2,7 +2,7 @@
 
     python jobs/audit.py --work-dir W [--tracking-uri U]
 
-Exit 0 when all agrees, 1 when something differs, 2 when there is nothing to audit.
+Exit 0 when all agrees, 1 when something differs or MLflow was not told all of it yet, 2 when nothing is there.
 """
 
 import argparse
@@ -51,12 +51,15 @@ def show(findings: list[Finding]) -> None:
     """Print the table, then one line with the verdict."""
     table = Table("", "what", "seen", box=None, pad_edge=False)
     for finding in findings:
-        mark = Text("ok", "green") if finding.ok else Text("DIFFERS", "bold red")
+        mark = Text("PENDING", "bold yellow") if finding.pending else Text("DIFFERS", "bold red")
+        mark = Text("ok", "green") if finding.ok else mark
         table.add_row(mark, Text(finding.name), Text(finding.detail))  # Text: what was found is never read as markup
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    wrong = sum(not finding.ok for finding in findings)
-    console.print(f"{len(findings)} checked, {wrong} differ" if wrong else f"{len(findings)} checked, all agree")
+    pending = sum(finding.pending for finding in findings)
+    wrong = sum(not finding.ok for finding in findings) - pending
+    verdict = [f"{wrong} differ"] * bool(wrong) + [f"{pending} not yet delivered to MLflow"] * bool(pending)
+    console.print(f"{len(findings)} checked, {', '.join(verdict) or 'all agree'}")
 
 
 if __name__ == "__main__":

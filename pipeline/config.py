@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_contracts.errors import UserError
+from data_contracts.yaml_text import parse_yaml
 from pipeline.files import canonical_json, sha256_file, sha256_text
+
+MAX_STREAM_BYTES = 1_000_000
 
 
 class Section(BaseModel):
@@ -61,9 +65,14 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, lt=1)  # share of the steps; then cosine to zero
     gradient_clipping: float = Field(1.0, ge=0)  # 0 turns it off
+    # a loss over this many times ln(vocabulary), what blind guessing costs, stops the increment; null: none does
+    max_loss_factor: float | None = Field(3.0, gt=0)
     save_every: int = Field(50, ge=1)  # steps between two in-flight states
     # layers keep their input alone and are computed again in backward: less memory for one more forward pass a step
     activation_checkpointing: bool = False
+
+
+_NOT_LEARNED = {"max_loss_factor", "save_every", "activation_checkpointing"}  # they decide none of the learned numbers
 
 
 class ReviewConfig(Section):
@@ -161,7 +170,7 @@ class StreamConfig(Section):
             "seed": self.seed,
             "method": self.method,
             "rows": self.rows.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude={"save_every", "activation_checkpointing"}),
+            "training": self.training.model_dump(mode="json", exclude=_NOT_LEARNED),
             "evaluation": self.evaluation.model_dump(mode="json"),
             "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
@@ -198,7 +207,7 @@ def build_method(config: "StreamConfig"):
 def method_module(name: Any):
     """The module of a method, which has `Options` and `build`. Raises ValueError naming the methods there are."""
     if not isinstance(name, str) or name not in method_names():
-        raise ValueError(f"method.name is {name!r}; it must be one of: {', '.join(method_names())}")
+        raise ValueError(f"method.name is {reprlib.repr(name)}; it must be one of: {', '.join(method_names())}")
     return importlib.import_module(f"pipeline.methods.{name}")
 
 
@@ -209,7 +218,9 @@ def load_stream(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_STREAM_BYTES:
+            raise UserError(f"{path}: is too large for a stream file ({MAX_STREAM_BYTES:,} bytes); name the YAML file")
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the stream file ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -255,7 +266,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: '{parent}' is a value, not a section; correct the key path")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from error
 

@@ -4,7 +4,6 @@ contract + files -> validate -> prepare -> train -> evaluate -> gate -> register
 """
 
 import getpass
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
 from pipeline.config import StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
-from pipeline.evaluation.review_cost import REVIEW
 from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, storage_error, write_atomic, writing
@@ -39,7 +37,7 @@ from pipeline.stages.validate import check_task_names, validate
 from pipeline.startup import StartClock
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
-from pipeline.tracking.manifest import Change, Manifest
+from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker
 from pipeline.training.adapter_folder import check_start_from, check_started_tasks
 from pipeline.training.loop import StepLog
@@ -106,8 +104,8 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
                 if config.gate.on_reject == "stop":
                     break
         if world.is_main:
-            final_report(config, history, tracker.uri)
             tracker.close()
+            final_report(config, history, tracker.uri)
             mark(work_dir, FINISHED, {"exit_code": code, "head": history.head_sha256})
     except BaseException as error:
         if isinstance(error, StoppedOnRequest):
@@ -139,10 +137,10 @@ def learn(
     increment = next_increment(job, task.task, history)
     key = inputs_key(job, task, history, backbone)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    run_id, step_seconds = "", []
+    step_seconds: list[float] = []
     if tracker is not None:
         with job.timed("tracking"):
-            run_id = open_run(tracker, job, increment.number, task, key)
+            open_run(tracker, job, increment.number, task, key)
 
     startup: dict[str, Any] = {}
 
@@ -172,6 +170,7 @@ def learn(
         evaluated = evaluate(job, increment, scored, trained, router, at_hand)
     stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
     verdict = gate(config.gate, task.task, evaluated.row, history.row)
+    run_id = tracker.run_id() if tracker is not None else ""
     context = Context(history, backbone, key, run_id, started, getpass.getuser(), startup)
     with job.timed("register"):
         manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))
@@ -179,19 +178,18 @@ def learn(
         shutil.rmtree(job.inflight, ignore_errors=True)
     if tracker is not None:
         with job.timed("tracking"):
-            record(tracker, job.work_dir, manifest)
+            tracker.published(manifest, inputs_key=key)
     say(world, f"increment {manifest.increment} {manifest.verdict}: {'; '.join(verdict.reasons) or 'all rules hold'}")
     return manifest
 
 
-def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: str) -> str:
-    """Open an increment's MLflow run with its parameters and data sets; returns its id."""
-    run_id = tracker.increment(number, task.task, key).info.run_id
+def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: str) -> None:
+    """Open an increment's MLflow run with its parameters and data sets."""
+    tracker.increment(number, task.task, key)
     tracker.log_params({**job.config.model_dump(mode="json"), "world_size": job.world.size})
     for split, digest in task.data_digests.items():
         context = {"train": "training", "validation": "validation", "test": "testing"}[split]
         tracker.log_inputs(split, digest, task.counts[split]["kept"], list(task.files), context)
-    return run_id
 
 
 def prepare_tasks(
@@ -270,37 +268,10 @@ def open_tracker(config: StreamConfig, world: World, history: History) -> Tracke
 
     def work() -> None:
         opened.append(Tracker(config.work_path(), config.stream, config.tracking))
-        catch_up(opened[0], config.work_path(), history)
+        opened[0].catch_up(history)
 
     world.on_main(work)
     return opened[0] if opened else None
-
-
-def record(tracker: Tracker, work_dir: Path, manifest: Manifest) -> None:
-    """Tell MLflow of a published increment: row, heat map, manifest, registered version."""
-    folder = work_dir / "increments" / manifest.folder
-    tracker.log_row(manifest.row)
-    tracker.log_row(manifest.row_inferred, "row_inferred")
-    names = ("report.png", "row.json", "manifest.json", *([REVIEW] if REVIEW in manifest.files else []))
-    tracker.log_artifacts([folder / name for name in names])
-    tracker.register(manifest)
-    tracker.finish()
-
-
-def catch_up(tracker: Tracker, work_dir: Path, history: History) -> None:
-    """Register the newest increment where a launch was killed between its publishing and its registration, and the
-    changes that MLflow was not told of.
-    """
-    entries = [*history.changes, *([history.newest] if history.newest else [])]
-    for entry in sorted(entries, key=lambda entry: entry.increment):
-        if tracker.registry.is_registered(entry):
-            continue
-        if isinstance(entry, Change):
-            tracker.register_change(entry)
-            continue
-        run = json.loads((work_dir / "increments" / entry.folder / "run.json").read_text())
-        tracker.increment(entry.increment, entry.task, run["inputs_key"])
-        record(tracker, work_dir, entry)
 
 
 def step_metrics(step: StepLog) -> dict[str, float]:

@@ -201,8 +201,8 @@ def _publish(work_dir: Path, change: Change) -> None:
 
 
 def tell_mlflow(work_dir: Path) -> list[str]:
-    """Register the changes that MLflow does not know. That it cannot be reached stops nothing and is said: the next
-    learning job tells it.
+    """Tell MLflow of the changes it does not know. That it cannot be reached stops nothing: the outbox keeps them, and
+    the next launch delivers them.
     """
     from pipeline.tracking.mlflow_log import Tracker
 
@@ -210,12 +210,7 @@ def tell_mlflow(work_dir: Path) -> list[str]:
     try:
         config = json.loads((work_dir / INCREMENTS / history.newest.folder / RUN).read_text(encoding="utf-8"))["config"]
         tracker = Tracker(work_dir, config["stream"], TrackingConfig.model_validate(config["tracking"]))
-        if not tracker.registry.is_registered(history.newest):
-            number = history.newest.increment
-            return [f"MLflow does not know increment {number} yet; the next run of jobs/continual.py tells it"]
-        for change in history.changes:
-            if not tracker.registry.is_registered(change):
-                tracker.register_change(change)
+        tracker.catch_up(history)
         tracker.close()
     except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]

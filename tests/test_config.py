@@ -34,7 +34,7 @@ OPTIONS = """
     rows.train rows.validation rows.test
     training.epochs training.batch_size training.micro_batch_size training.micro_batch_tokens training.learning_rate
     training.routed_learning_rate training.weight_decay training.warmup_fraction training.gradient_clipping
-    training.save_every training.activation_checkpointing
+    training.max_loss_factor training.save_every training.activation_checkpointing
     evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks evaluation.review
     router
     gate.max_regression gate.min_metric gate.on_reject

@@ -33,6 +33,11 @@ class JoinedRows:
         """Which part each row is of: 0 the new task, k the k-th earlier task."""
         return tuple(int(part) - 1 for part in np.searchsorted(self._starts, np.asarray(rows), side="right"))
 
+    def row_ids(self, rows: Sequence[int]) -> list[str]:
+        """The rows' ids, as their tasks' data name them."""
+        places = zip(rows, self.sources(rows), strict=True)
+        return [self.parts[source].row_ids([int(row) - int(self._starts[source])])[0] for row, source in places]
+
     def tokens(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
         """Prompt and answer token ids of the given rows."""
         prompts: list[list[int]] = [[] for _ in rows]

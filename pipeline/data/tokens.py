@@ -105,6 +105,10 @@ class RowView:
         table = self.dataset[list(map(int, rows))]
         return table["prompt_ids"], table["answer_ids"]
 
+    def row_ids(self, rows: Sequence[int]) -> list[str]:
+        """The rows' ids, as the contract's data name them."""
+        return self.dataset[list(map(int, rows))]["row_id"]
+
     def column(self, name: str) -> list:
         """A whole column."""
         return list(self.dataset[name])

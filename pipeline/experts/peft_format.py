@@ -233,8 +233,10 @@ def _scale(config: Mapping[str, Any], target: str, found: int) -> float:
         _own(config.get(f"{kind}_pattern") or {}, target, config.get(key))
         for kind, key in (("rank", "r"), ("alpha", "lora_alpha"))
     )
-    if not all(isinstance(number, int | float) and 0 < number < math.inf for number in (rank, alpha)):
-        raise UserError(f"its r and lora_alpha for {target} are {rank!r} and {alpha!r}, and must be positive numbers")
+    if not all(isinstance(number, int | float) and 0 < number < 1e9 for number in (rank, alpha)):
+        raise UserError(
+            f"its r and lora_alpha for {target} are {rank!r} and {alpha!r}, and must be positive numbers below 1e9"
+        )
     if rank != found:
         raise UserError(f"its rank on {target} is {found}, and {CONFIG_FILE} says {rank}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

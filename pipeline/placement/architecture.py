@@ -218,7 +218,7 @@ def load_architecture(backbone: str) -> Architecture:
             f"--backbone {backbone} is neither a readable config.json, nor a folder with one, "
             f"nor a preset; the presets are {', '.join(presets)}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--backbone: {path} is not valid JSON ({error}); correct the file") from error
     if not isinstance(config, dict):
         raise UserError(f"--backbone: {path} must hold a JSON object; it is not a model's config.json")

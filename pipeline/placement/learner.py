@@ -108,7 +108,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         raise UserError(
             f"deepspeed: cannot read {path} ({error.strerror}); see deepspeed_configs/ for files that work"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"deepspeed: {path} is not valid JSON ({error}); correct the file") from error
     if not isinstance(raw, dict):
         raise UserError(f"deepspeed: {path} must hold a JSON object")

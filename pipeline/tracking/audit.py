@@ -16,7 +16,7 @@ from pipeline.tracking.audit_mlflow import mlflow_findings
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, Entry, parse_manifest
-from pipeline.tracking.mlflow_log import Tracker
+from pipeline.tracking.outbox import OUTBOX, read_outbox, set_aside
 from pipeline.tracking.registry import Registry
 
 
@@ -36,8 +36,9 @@ class Link:
         return f"{chain.INCREMENTS}/{self.folder.name}"
 
 
-def audit(work_dir: Path | str, tracker: Tracker | Registry | None = None) -> list[Finding]:
-    """Check everything a work_dir has published and, when a tracker or registry is given, MLflow's account of it.
+def audit(work_dir: Path | str, registry: Registry | None = None) -> list[Finding]:
+    """Check everything a work_dir has published, what MLflow was not told yet and, when a registry is given, MLflow's
+    account of the rest.
 
     Raises UserError only when nothing was ever published there (neither champion.json nor an increment).
     """
@@ -54,10 +55,30 @@ def audit(work_dir: Path | str, tracker: Tracker | Registry | None = None) -> li
     findings += _champion_findings(chained, champion)
     findings += _bank_findings(work_dir, links, champion, history)
     findings += _withdrawal_findings(work_dir, history)
-    if tracker is not None:
-        registry = tracker.registry if isinstance(tracker, Tracker) else tracker
-        findings += mlflow_findings(registry, chained)
+    findings += outbox_findings(work_dir)
+    if registry is not None:
+        findings += mlflow_findings(registry, chained, _waiting_folders(work_dir))
     return findings
+
+
+def outbox_findings(work_dir: Path) -> Iterator[Finding]:
+    """What MLflow has not been told yet, and files in the outbox that are no event; nothing where it is empty."""
+    events, damaged = read_outbox(work_dir)
+    if events:
+        published = sorted(_waiting_folders(work_dir))
+        detail = f"{len(events)} events not yet delivered to {events[-1].uri}; the next launch delivers them" + (
+            f"; among them {', '.join(published)}" if published else ""
+        )
+        yield Finding("MLflow outbox", False, detail, pending=True)
+    for path in damaged + set_aside(work_dir):
+        yield Finding(f"{OUTBOX}/{path.name}", False, "is no whole event: what it held was not delivered to MLflow")
+
+
+def _waiting_folders(work_dir: Path) -> set[str]:
+    """Names of the increments whose publishing MLflow was not told of yet."""
+    events, _ = read_outbox(work_dir)
+    paths = (event.data.get("manifest") for event in events if event.kind == "published")
+    return {Path(path).parent.name for path in paths if isinstance(path, str)}
 
 
 def read_links(work_dir: Path | str) -> list[Link]:

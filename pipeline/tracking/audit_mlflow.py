@@ -1,6 +1,6 @@
 """The audit's MLflow half: registered versions, their tags, runs and aliases against the manifests of the chain."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.tracking.finding import Finding
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def mlflow_findings(registry: Registry, manifests: Iterable[Entry]) -> Iterator[Finding]:
-    """Versions, aliases and runs in MLflow against the manifests. MLflow failing half-way is one more finding."""
+def mlflow_findings(registry: Registry, manifests: Iterable[Entry], waiting: Collection[str] = ()) -> Iterator[Finding]:
+    """Versions, aliases and runs in MLflow against the manifests. MLflow failing half-way is one more finding.
+
+    Increments whose folders are in `waiting` still stand in the outbox: that MLflow lacks them is no difference.
+    """
     try:
-        yield from _compare(registry, manifests)
+        yield from _compare(registry, manifests, waiting)
     except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
         yield unreachable(error)
 
@@ -33,13 +36,16 @@ def unreachable(error: Exception) -> Finding:
     return Finding("MLflow", False, f"cannot be compared: {str(error).strip().partition(chr(10))[0]}")
 
 
-def _compare(registry: Registry, manifests: Iterable[Entry]) -> Iterator[Finding]:
+def _compare(registry: Registry, manifests: Iterable[Entry], waiting: Collection[str]) -> Iterator[Finding]:
     manifests = sorted(manifests, key=lambda manifest: manifest.increment)
     versions = registry.versions()
     matched = _match(manifests, versions)
     for manifest in manifests:
         version = matched.get(manifest.sha256)
         who = f"MLflow version of {manifest.folder}"
+        if manifest.folder in waiting:
+            yield Finding(who, False, "not yet delivered", pending=True)
+            continue
         if version is None:
             yield Finding(who, False, f"no version of {registry.registered_model} belongs to {manifest.sha256}")
             continue
@@ -55,7 +61,7 @@ def _compare(registry: Registry, manifests: Iterable[Entry]) -> Iterator[Finding
         if version.version not in taken and version.tags.get("work_dir") in places:
             detail = f"of this work_dir, tagged increment {version.tags.get('increment')}, is no increment of the chain"
             yield Finding(f"MLflow version {version.version}", False, detail)
-    yield from _alias_findings(registry, manifests, matched)
+    yield from _alias_findings(registry, manifests, matched, waiting)
 
 
 def _match(manifests: list[Entry], versions: list["ModelVersion"]) -> dict[str, "ModelVersion"]:
@@ -100,11 +106,14 @@ def _run_differences(registry: Registry, version: "ModelVersion", manifest: Entr
 
 
 def _alias_findings(
-    registry: Registry, manifests: list[Entry], matched: Mapping[str, "ModelVersion"]
+    registry: Registry, manifests: list[Entry], matched: Mapping[str, "ModelVersion"], waiting: Collection[str]
 ) -> Iterator[Finding]:
     aliases = registry.aliases()
     promoted = [manifest for manifest in manifests if CHAMPION in aliases_of(manifest)]
     for alias, owners in ((CANDIDATE, manifests), (CHAMPION, promoted)):
+        if owners and owners[-1].folder in waiting:
+            yield Finding(f"MLflow alias {alias}", False, "not yet delivered", pending=True)
+            continue
         owner = matched.get(owners[-1].sha256) if owners else None
         expected = int(owner.version) if owner else None
         found = aliases.get(alias)

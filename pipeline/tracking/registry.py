@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported, which is done late
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own 120 and 7 retries make a server
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # that hangs cost a quarter of an hour a call
 
 DATABASE = "mlflow.db"
 CANDIDATE, CHAMPION = "candidate", "champion"  # registered-model aliases

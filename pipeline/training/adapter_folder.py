@@ -36,7 +36,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_FILE} cannot be read ({error}); name a PEFT adapter folder") from error
     if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path") or "", str):
         raise UserError(f"{folder / CONFIG_FILE} is not PEFT's; name a PEFT adapter folder")
@@ -49,7 +49,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             note = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); save the adapter again") from error
     return AdapterFolder(config, tensors, note if isinstance(note, dict) else {})
 

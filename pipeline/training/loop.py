@@ -22,6 +22,7 @@ from pipeline.methods.protocol import Method
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
 from pipeline.training.checks import check_gradients
+from pipeline.training.failure import TrainingFailed, failure, went_wrong
 from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
 from pipeline.training.penalty import add_penalties
 from pipeline.training.prefetch import one_ahead, read_batches
@@ -69,14 +70,17 @@ def train_rows(
 ) -> TrainResult:
     """Train the active components on `rows` from the start values, or from the in-flight state of the same `key`.
 
-    `batches` are the row numbers of every global batch (default: `plain_batches`). Raises StoppedOnRequest on all
-    ranks, with the state saved, when any rank was asked to stop.
+    `batches` are the row numbers of every global batch (default: `plain_batches`). Raises on all ranks:
+    StoppedOnRequest, with the state saved, when any rank was asked to stop; TrainingFailed where loss or gradient are
+    no numbers or the loss explodes, the state on disk being one from before that step.
     """
     world, settings = learner.world, config.training
     batches = batches or plain_batches(len(rows), settings.epochs, settings.batch_size, seed)
     total = len(batches)
     saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
     step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
+    kept = step  # of the state on disk
+    vocab_size = learner.model.backbone.config.vocab_size
     values, moments = open_inflight(inflight) if saved else (start, {})
     restore_state(learner.engine, learner.parameters, values, moments, step)
     penalties = method.penalties(learner, start)
@@ -108,16 +112,17 @@ def train_rows(
             penalty = add_penalties(learner, penalties)
             learner.engine.step()
             step += 1
-            nll, answer_tokens, asked, *terms = world.sum([*sums.totals, float(stop.requested), *sums.terms.values()])
+            norm = float(learner.engine.get_global_grad_norm() or 0.0)
+            lost = not math.isfinite(norm) or norm < 0  # DeepSpeed says -1 for a norm that is no number
+            nll, answer_tokens, asked, lost, *terms = world.sum(
+                [*sums.totals, float(stop.requested), float(lost), *sums.terms.values()]
+            )
             loss = nll / answer_tokens
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"{title}: the loss is {loss} at step {step} (rows {chosen.tolist()}); nothing was published; "
-                    "lower training.learning_rate or turn on training.gradient_clipping"
-                )
+            # before the state is saved: the one on disk is from before this step
+            if problem := went_wrong(loss, bool(lost), settings.max_loss_factor, vocab_size):
+                raise TrainingFailed(failure(f"{title}: {problem}", step, total, kept, rows.row_ids(chosen)))
             named = {name: value / len(chosen) for name, value in zip(sums.terms, terms, strict=True)} | penalty
             tokens = int(rows.lengths[chosen].sum())
-            norm = float(learner.engine.get_global_grad_norm() or 0.0)
             on_step(StepLog(step, loss, named, settings.learning_rate * factor, norm, tokens, time.monotonic() - begin))
             progress.update(step, tokens, {"loss": loss, **named, "lr": settings.learning_rate * factor})
             if asked:
@@ -126,6 +131,7 @@ def train_rows(
                 raise StoppedOnRequest(f"{title}: stopped at step {step} of {total}; the same command continues")
             if step % settings.save_every == 0 or step == total:
                 save(step)
+                kept = step
     return TrainResult(total, sum(map(len, batches)), continuations)
 
 

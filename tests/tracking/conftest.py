@@ -16,6 +16,7 @@ from pipeline.experts.bank import Bank
 from pipeline.tracking.chain import publish
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.mlflow_log import Tracker
+from pipeline.tracking.registry import Registry, open_client
 
 LEARNING = {"method": {"name": "moe_cl", "rank": 8}, "seed": 17}
 
@@ -173,18 +174,24 @@ def registered(tmp_path_factory):
     """The three increments published and registered in MLflow; not to be changed."""
     work_dir = tmp_path_factory.mktemp("registered")
     tracker = Tracker(work_dir, "reviews", TrackingConfig())
-    manifests, versions, runs = [], [], []
+    manifests, run_ids = [], []
     for manifest, staged in increments(work_dir):
-        run = tracker.increment(manifest.increment, manifest.task, "inputs")
+        tracker.increment(manifest.increment, manifest.task, "inputs")
         publish(work_dir, staged, manifest)
-        tracker.log_row(manifest.row)
+        run_ids.append(tracker.run_id())
+        tracker.published(manifest, (), "inputs")
         manifests.append(manifest)
-        versions.append(tracker.register(manifest, run))
-        runs.append(run)
-        tracker.finish()
     tracker.close()
+    assert tracker.waiting == 0
+    client = open_client(tracker.uri)
     return SimpleNamespace(
-        work_dir=work_dir, tracker=tracker, manifests=manifests, versions=versions, runs=runs, uri=tracker.uri
+        work_dir=work_dir,
+        manifests=manifests,
+        run_ids=run_ids,
+        uri=tracker.uri,
+        client=client,
+        registry=Registry(client, "reviews"),
+        experiment_id=client.get_experiment_by_name("perennial").experiment_id,
     )
 
 

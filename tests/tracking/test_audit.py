@@ -47,7 +47,7 @@ def chain_only(by_hand, tmp_path):
 
 
 def test_what_is_whole_passes_and_everything_is_listed(registered):
-    findings = audit(registered.work_dir, registered.tracker)
+    findings = audit(registered.work_dir, registered.registry)
     assert wrong(findings) == {}
     assert [finding.name for finding in findings] == [
         "increments/0001-product_reviews/manifest.json",
@@ -66,7 +66,6 @@ def test_what_is_whole_passes_and_everything_is_listed(registered):
         "MLflow alias candidate",
         "MLflow alias champion",
     ]
-    assert audit(registered.work_dir, registered.tracker.registry) == findings
 
 
 def test_one_changed_byte_of_any_published_file_is_named(chain_only, by_hand):
@@ -201,7 +200,7 @@ def test_changed_aliases_tags_and_scores_of_runs_and_versions_are_named(copied, 
     registry = Registry(client, "reviews")
     client.set_registered_model_alias("reviews", "champion", "1")
     client.delete_registered_model_alias("reviews", "candidate")
-    first, second = registered.runs[0].info.run_id, registered.runs[1].info.run_id
+    first, second = registered.run_ids[0], registered.run_ids[1]
     client.set_tag(first, "manifest_sha256", "0" * 64)
     client.log_metric(second, "row.tweets", 0.99, step=9)
     client.create_model_version("reviews", "file:///elsewhere", tags={"work_dir": str(registered.work_dir)})

@@ -1,0 +1,97 @@
+"""Takes events from the outbox to MLflow, in a thread of its own: whoever logs only ever writes the outbox.
+
+A server that is gone, locked or hanging costs the training nothing. It is tried again with each event that comes, at
+most every few seconds, and each time somebody asks for `flush`.
+"""
+
+import sys
+import threading
+import time
+
+from pipeline.tracking.delivery import Delivery, is_outage
+from pipeline.tracking.outbox import Outbox
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 60.0  # seconds between two tries while events come
+
+
+class Courier:
+    """Delivers the outbox in order. An event that MLflow does not take stays first, and everything behind it waits."""
+
+    def __init__(self, outbox: Outbox, delivery: Delivery):
+        self.outbox = outbox
+        self.delivery = delivery
+        self.problem: Exception | None = None  # why the last try ended early
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._pause, self._not_before = _FIRST_PAUSE, 0.0
+        self._warned = False
+
+    def send(self, kind: str, data: dict, key: str = "") -> None:
+        """Put an event into the outbox; it is delivered when the server takes it."""
+        with self._lock:
+            self.outbox.append(kind, data, key)
+            if self.outbox.not_on_disk and not self._warned:
+                self._warned = True
+                warn(f"{self.outbox.folder}: cannot be written ({self.outbox.not_on_disk}); events are held in memory")
+            if time.monotonic() >= self._not_before:
+                self._start()
+
+    def flush(self, seconds: float) -> bool:
+        """Try now, and wait at most `seconds` for it. Whether MLflow then knows everything."""
+        with self._lock:
+            thread = self._start()
+        thread.join(seconds)
+        with self._lock:
+            return not len(self.outbox) and self.problem is None and self._thread is None
+
+    def _start(self) -> threading.Thread:
+        """The thread that delivers, started if there is none; the lock is held."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+            self._thread.start()
+        return self._thread
+
+    def _deliver(self) -> None:
+        delivered = 0
+        try:
+            self.delivery.open()
+            while True:
+                with self._lock:
+                    event = self.outbox.first()
+                    if event is None:
+                        self._answered(delivered)
+                        return
+                self.delivery.apply(event)
+                delivered += 1
+                with self._lock:
+                    self.outbox.remove(event)
+        except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
+            self.delivery.forget()
+            with self._lock:
+                self._failed(error)
+
+    def _answered(self, delivered: int) -> None:
+        if self.problem is not None and delivered:
+            print(f"MLflow at {self.outbox.uri} has caught up: {delivered} events delivered", flush=True)
+        self.problem, self._pause, self._not_before, self._thread = None, _FIRST_PAUSE, 0.0, None
+
+    def _failed(self, error: Exception) -> None:
+        if self.problem is None and (self.delivery.was_opened or is_outage(error)):
+            warn(
+                f"MLflow at {self.outbox.uri} takes nothing at present ({short(error)}); the work goes on, what it is "
+                f"to be told waits in {self.outbox.folder} and is delivered when it answers"
+            )
+        self.problem, self._thread = error, None
+        self._not_before = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+
+def short(error: Exception, most: int = 200) -> str:
+    """An error as one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
