@@ -148,7 +148,7 @@ def test_the_stream_run_shows_each_task_as_a_curve_over_increments(registered):
 
 def test_aliases_name_the_newest_and_the_newest_promoted_version(tmp_path, settings, by_hand):
     tracker = Tracker(tmp_path, "aliases", settings.model_copy(update={"registered_model": "aliases"}))
-    client, seen = MlflowClient(settings.uri), []
+    client, seen = MlflowClient(settings.uri, settings.uri), []
     for manifest, _ in by_hand.increments(tmp_path):
         published(tracker, tmp_path, by_hand, manifest)
         seen.append({alias: int(v) for alias, v in client.get_registered_model("aliases").aliases.items()})
@@ -169,7 +169,7 @@ def test_a_manifest_registered_twice_makes_one_version_and_moves_no_alias_back(t
     for manifest in reversed(manifests):
         published(continued, tmp_path, by_hand, manifest)
 
-    client = MlflowClient(settings.uri)
+    client = MlflowClient(settings.uri, settings.uri)
     assert len(client.search_model_versions("name = 'twice'")) == 3
     assert {a: int(v) for a, v in client.get_registered_model("twice").aliases.items()} == {
         "candidate": 3,
@@ -181,7 +181,7 @@ def test_a_continued_launch_finds_its_runs_again_and_sets_them_running(tmp_path,
     first = Tracker(tmp_path, "scratch", settings)
     run = opened(first, 1, "tweets", "key")
     first.close(ok=False)
-    client = MlflowClient(settings.uri)
+    client = MlflowClient(settings.uri, settings.uri)
     parent = parent_of(client, run)
     assert client.get_run(run).info.status == "FAILED"
     assert client.get_run(parent).info.status == "FAILED"
