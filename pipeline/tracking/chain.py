@@ -54,7 +54,27 @@ class Champion(Record):
 
     def to_bytes(self) -> bytes:
         """The file's content: canonical JSON in UTF-8. Its length grows with the tasks there are."""
-        return canonical_json(dict(self)).encode("utf-8")
+        fields = {name: canonical_json(getattr(self, name)) for name in ("format", "head", "increment")}
+        fields |= {"bundles": _table_json(self.bundles, _bundle_texts), "state": _table_json(self.state, _state_texts)}
+        return ("{" + ",".join(f'"{name}":{fields[name]}' for name in sorted(fields)) + "}").encode("utf-8")
+
+
+_Texts = dict[str, tuple[dict[str, str], str]]  # by task: the roles, and their JSON
+_bundle_texts: _Texts = {}
+_state_texts: _Texts = {}
+
+
+def _table_json(table: Mapping[str, dict[str, str]], known: _Texts) -> str:
+    """Canonical JSON of a table by task. A task's part is made once for a roles dict, which never changes: publishing
+    then costs no more with every task there is.
+    """
+    parts = []
+    for task in sorted(table):
+        roles = table[task]
+        if task not in known or known[task][0] is not roles:
+            known[task] = (roles, f'"{task}":{canonical_json(roles)}')
+        parts.append(known[task][1])
+    return "{" + ",".join(parts) + "}"
 
 
 def read_champion(work_dir: Path | str) -> Champion | None:
@@ -66,8 +86,9 @@ def read_champion(work_dir: Path | str) -> Champion | None:
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
-    if data in _known:
-        return _known[data]
+    for written, champion in _known:
+        if data == written:
+            return champion
     try:
         champion = Champion.model_validate_json(data)
     except ValidationError as error:
@@ -77,15 +98,14 @@ def read_champion(work_dir: Path | str) -> Champion | None:
     return champion
 
 
-_known: dict[bytes, Champion] = {}  # the file's bytes as this process last wrote them, and what they say
+_known: list[tuple[bytes, Champion]] = []  # the file's bytes as this process last wrote them, and what they say
 
 
 def _write_champion(work_dir: Path, champion: Champion) -> None:
     """Replace champion.json. A process that publishes on need not parse again what it wrote itself."""
     data = champion.to_bytes()
     write_atomic(work_dir / CHAMPION, data)
-    _known.clear()
-    _known[data] = champion
+    _known[:] = [(data, champion)]
 
 
 def load_chain(work_dir: Path | str) -> list[Entry]:
@@ -168,7 +188,7 @@ def _publish(work_dir: Path, staged_dir: Path, manifest: Entry) -> Champion:
     champion = read_champion(work_dir)
     if champion is not None and champion.head == manifest.sha256:
         return champion
-    folders = list(increment_folders(work_dir))
+    folders = list(increment_folders(work_dir, since=champion.increment if champion else 0))  # the head is not older
     head = 0 if champion is None else _head(work_dir, folders, champion).increment
     _check_follows(work_dir, champion, head, manifest)
     bank = Bank(work_dir / "bank")
@@ -295,15 +315,17 @@ def _left_over_folders(
     return [folder for _, folder in beyond]
 
 
-def increment_folders(work_dir: Path | str) -> Iterator[tuple[int, Path]]:
-    """Number and path of every folder in increments/ that is named like an increment, in order."""
+def increment_folders(work_dir: Path | str, since: int = 0) -> Iterator[tuple[int, Path]]:
+    """Number and path of every folder in increments/ that is named like an increment, from number `since` on, in order.
+
+    Older ones cost next to nothing: of those only the number is read.
+    """
     root = Path(work_dir) / INCREMENTS
-    if not root.is_dir():
-        return
-    with os.scandir(root) as entries:  # one call for the whole folder, no look-up of each name
-        matches = [match for entry in entries if (match := _FOLDER.fullmatch(entry.name)) and entry.is_dir()]
-    for number, name in sorted((int(match[1]), match[0]) for match in matches):
-        yield number, root / name
+    names = os.listdir(root) if root.is_dir() else []
+    found = [(int(digits), name) for name in names if (digits := name.partition("-")[0]).isdecimal()]
+    for number, name in sorted(entry for entry in found if entry[0] >= since):
+        if _FOLDER.fullmatch(name) and (root / name).is_dir():
+            yield number, root / name
 
 
 def _head(work_dir: Path, folders: list[tuple[int, Path]], champion: Champion) -> Entry:

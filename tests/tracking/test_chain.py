@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import UserError
+from pipeline.tracking import chain
 from pipeline.tracking.chain import clean_left_overs, fold, load_chain, publish, read_champion
 from pipeline.tracking.manifest import Manifest
 
@@ -38,6 +39,26 @@ def test_the_champion_is_the_fold_worked_out_by_hand(by_hand, tmp_path):
     }
     assert fold([third, first, second]) == read_champion(tmp_path)
     assert load_chain(tmp_path) == [third, second, first]
+
+
+def test_the_champion_file_is_canonical_json_and_only_changed_tasks_are_written_out_anew(
+    by_hand, tmp_path, monkeypatch
+):
+    def as_python_writes_it(champion):
+        return json.dumps(champion.model_dump(), sort_keys=True, separators=(",", ":")).encode()
+
+    for manifest, staged in by_hand.increments(tmp_path):
+        champion = publish(tmp_path, staged, manifest)
+        assert (tmp_path / "champion.json").read_bytes() == as_python_writes_it(champion)
+    digits = "0123456789abcdef"
+    many = {f"t{n:03d}": {"gate": digits[n % 16] * 64} for n in range(300)}
+    champion = champion.model_copy(update={"bundles": many})
+    assert champion.to_bytes() == as_python_writes_it(champion)
+    written = []
+    monkeypatch.setattr(chain, "canonical_json", lambda value: written.append(value) or json.dumps(value))
+    changed = many | {"t007": {"gate": "f" * 64}}
+    champion.model_copy(update={"bundles": changed}).to_bytes()
+    assert [value for value in written if isinstance(value, dict)] == [{"gate": "f" * 64}]
 
 
 def test_a_rejected_increment_moves_the_head_and_nothing_else(by_hand, tmp_path):

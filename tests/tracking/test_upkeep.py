@@ -341,7 +341,7 @@ def test_the_command_registers_changes_and_the_audit_agrees(copied, capsys):
     from mlflow import MlflowClient
 
     for path in copied.glob("increments/*/run.json"):
-        path.write_text(json.dumps({"config": {"stream": "reviews", "tracking": {}}}))
+        path.write_text(json.dumps({"config": {"stream": "reviews", "tracking": {}}, "inputs_key": "inputs"}))
     assert command.main(["--work-dir", str(copied), "restore", "1"]) == 0
     printed = capsys.readouterr().out
     assert "increment 4: the champion is as it was after increment 1" in printed and "MLflow" not in printed
