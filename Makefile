@@ -68,7 +68,7 @@ quickstart-moe: $(STAMP)
 	@$(ENVIRONMENT); python jobs/demo.py --moe && exec deepspeed --num_accelerators "$$ranks" jobs/continual.py --stream jobs/streams/quickstart_moe.yaml
 
 test: $(STAMP)
-	@$(ENVIRONMENT); exec python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(ENVIRONMENT); exec python -m pytest -q -n 2 --no-loadscope-reorder
 
 proof-moe: $(STAMP)
 	@$(ENVIRONMENT); exec python -m pytest -q -m long tests/moe

@@ -14,29 +14,35 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: the sizes that the standard suite leaves out; run them with -m long")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups afterwards
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `long` run only where `-m` asks for them: `make proof-moe`, `make proof-plan`. Several processes
-    (`-n 2 --dist loadgroup`) get whole folders, whose tests share launches, or whole files; long folders come first.
-    """
+    """Tests marked `long` run only where `-m` asks for them: `make proof-moe`, `make proof-plan`."""
     if "long" not in (config.option.markexpr or ""):
         left_out = [item for item in items if item.get_closest_marker("long")]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if not item.get_closest_marker("long")]
-    if config.pluginmanager.has_plugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
-        items.sort(key=lambda item: HEAVY.index(group) if (group := group_of(item.path)) in HEAVY else len(HEAVY))
+    items.sort(key=lambda item: HEAVY.index(group) if (group := group_of(item.nodeid)) in HEAVY else len(HEAVY))
 
 
 HEAVY = ("jobs", "moe", "distributed", "placement", "tracking", "test_readme.py")
 
 
-def group_of(path: Path) -> str:
-    """What one process runs: the heavy folder that a test file is in, else the file."""
-    name = path.relative_to(Path(__file__).parent).as_posix()
+def group_of(nodeid: str) -> str:
+    """What one process runs: the heavy folder that a test's file is in, else the file."""
+    name = nodeid.partition("::")[0].removeprefix("tests/")
     return name.partition("/")[0] if name.partition("/")[0] in HEAVY else name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`-n 2`: a process gets a whole folder, whose tests share launches, or a whole file; long folders come first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+
+    return ByFolder(config, log)
 
 
 @pytest.fixture(scope="session")
