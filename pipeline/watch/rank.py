@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import socket
 import stat as modes
 import subprocess
@@ -161,10 +160,7 @@ class WatchedRank:
                 self.stopping.leave(self._says["doing"])
         finally:
             self.end(EXIT_STOPPED)
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(EXIT_STOPPED)
+            _leave_now()
 
 
 def where(main: int) -> dict[str, str]:
@@ -201,8 +197,8 @@ _watched: WatchedRank | None = None
 
 
 def watched(command: Callable[[], int]) -> int:
-    """Run a job's command under the eyes of its host's watchdog; its exit code. Where the kernel has no /proc, the
-    command runs unwatched.
+    """Run a job's command under the eyes of its host's watchdog; its exit code, and after a stop on request the end of
+    the process. Where the kernel has no /proc, the command runs unwatched.
     """
     global _watched
     if processes.stat(os.getpid()) is None:
@@ -215,15 +211,24 @@ def watched(command: Callable[[], int]) -> int:
     code = 1
     try:
         code = command()
-        return code
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     finally:
-        if code == EXIT_STOPPED:  # the launcher signals the others when the first has ended
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
         _watched.end(code)
+        if code == EXIT_STOPPED:
+            # all is saved: no seconds for taking the interpreter down, in which the launcher's next signal to this
+            # rank would change its exit code
+            _leave_now()
+    return code
+
+
+def _leave_now() -> None:
+    """End this process as one that was asked to stop."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_STOPPED)
 
 
 def is_watched() -> bool:
