@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_contracts.errors import UserError
 from pipeline.startup import imports_without_collections
 from pipeline.training.stop import EXIT_STOPPED, StopFlag, StoppedOnRequest
+from pipeline.watch.rank import watched
 
 DEVICE_FREE_STAGES = ("validate", "prepare")
 
@@ -66,4 +67,4 @@ def device_free_stages(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(watched(main))

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_contracts.errors import UserError
+from pipeline.watch.rank import watched
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,4 +62,4 @@ def compare(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(watched(main))

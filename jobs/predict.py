@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_contracts.errors import UserError
+from pipeline.watch.rank import watched
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,4 +57,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(watched(main))

@@ -122,6 +122,13 @@ class TrackingConfig(Section):
     artifact_location: str | None = None
 
 
+class WatchConfig(Section):
+    """How long ranks may keep a job waiting (docs/RELIABILITY.md). Both in seconds."""
+
+    limit_seconds: float | None = Field(60, ge=1)  # from a rank's death or standstill to the job's end; null: for ever
+    grace_seconds: float = Field(30, ge=1)  # from a request to stop to the end of the last rank
+
+
 class StreamConfig(Section):
     """Everything `jobs/continual.py` needs to know (DESIGN section 6)."""
 
@@ -138,6 +145,7 @@ class StreamConfig(Section):
     router: RouterConfig | None = None  # null: a task is named with every row; no time and no bank file is spent
     gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watch: WatchConfig = WatchConfig()
     deepspeed: str = "deepspeed_configs/zero3.json"
     seed: int = Field(17, ge=0, lt=2**31)
 

@@ -42,6 +42,7 @@ from pipeline.tracking.mlflow_log import Tracker
 from pipeline.training.adapter_folder import check_start_from, check_started_tasks
 from pipeline.training.loop import StepLog
 from pipeline.training.stop import StopFlag, StoppedOnRequest
+from pipeline.watch import rank as watch
 
 EXIT_DONE, EXIT_REJECTED = 0, 3
 FINISHED, STOPPED = "finished.json", "stopped.json"
@@ -53,6 +54,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag, break_lo
 
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
+    watch.set_limits(**config.watch.model_dump())
     with WorkLock(config.work_path()) as lock:  # rank 0 takes it, as soon as it knows its rank
         return learn_stream(config, until, stop, lambda: lock.acquire(break_lock))
 
@@ -74,11 +76,14 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
     history = world.on_main(lambda: open_work_dir(work_dir, lock))
+    if world.is_main:
+        stop.marker = lambda message: mark(work_dir, STOPPED, {"message": message})
     backbone = world.on_main(lambda: backbone_record(config))
     check_same_model(config, backbone, history)
     clock.passed("chain and digests")
-    prepared = prepare_tasks(config, tokenizer, world, history, until)
+    prepared = prepare_tasks(config, tokenizer, world, history, until, stop)
     clock.passed("prepare")
+    watch.report("loading the model")
     learner = build_learner(config, method.plan, world, train=True, passed=clock.passed)
     job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {}, clock)
     tracker = open_tracker(config, world, history)
@@ -106,6 +111,7 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
         if world.is_main:
             tracker.close()
             final_report(config, history, tracker.uri)
+            stop.marker = None
             mark(work_dir, FINISHED, {"exit_code": code, "head": history.head_sha256})
     except BaseException as error:
         if isinstance(error, StoppedOnRequest):
@@ -153,14 +159,17 @@ def learn(
         if tracker is not None and (step.step % 5 == 0 or step.step == 1):
             tracker.log_metrics(step.step, step_metrics(step))
 
+    title = f"increment {increment.number} {task.task}"
     say(world, f"\n== increment {increment.number}: {task.task}")
+    watch.report(f"{title}: opening")
     with job.timed("train"):
         learned = measurable(prepared, task, history, job.learning_digest) if job.method.rehearses(increment) else {}
         trained = train(job, increment, task, key, stop, log, learned)
     if tracker is not None and trained.account:
         tracker.log_metrics(trained.steps, trained.account)
     job.seconds["step"] = statistics.median(step_seconds) if step_seconds else 0.0
-    stop.check(world, f"increment {increment.number} {task.task}: stopped after training")
+    stop.check(world, f"{title}: stopped after training")
+    watch.report(f"{title}: evaluating")
     sample = config.evaluation.earlier_tasks, config.seed
     at_hand = measurable(prepared, task, history, job.learning_digest) if config.router else {}
     with job.timed("router"):
@@ -168,7 +177,8 @@ def learn(
     with job.timed("evaluate"):
         scored = measurable(prepared, task, history, job.learning_digest, *sample)
         evaluated = evaluate(job, increment, scored, trained, router, at_hand)
-    stop.check(world, f"increment {increment.number} {task.task}: stopped after evaluation")
+    stop.check(world, f"{title}: stopped after evaluation")
+    watch.report(f"{title}: publishing")
     verdict = gate(config.gate, task.task, evaluated.row, history.row)
     run_id = tracker.run_id() if tracker is not None else ""
     context = Context(history, backbone, key, run_id, started, getpass.getuser(), startup)
@@ -193,14 +203,22 @@ def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: s
 
 
 def prepare_tasks(
-    config: StreamConfig, tokenizer: PreTrainedTokenizerFast, world: World, history: History, until: str | None
+    config: StreamConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    history: History,
+    until: str | None,
+    stop: StopFlag,
 ) -> dict[str, PreparedTask]:
     """Validate and prepare the stream's tasks, dealt out over the ranks; nobody waits inside a device collective.
 
-    Raises the first task's UserError on every rank.
+    Raises the first task's UserError on every rank, StoppedOnRequest when asked to stop.
     """
     done: dict[int, Any] = {}
     for index in range(world.rank, len(config.tasks), world.size):
+        if stop.requested:
+            break
+        watch.report(f"validating and preparing {config.tasks[index]}")
         try:
             validated = validate(config.tasks[index], config, tokenizer, history)
             prepare(validated, tokenizer)
@@ -209,6 +227,8 @@ def prepare_tasks(
             done[index] = error
         except OSError as error:
             done[index] = storage_error(error, config.work_path())
+    watch.report("waiting until all tasks are prepared")
+    stop.check(world, "stopped before all tasks were prepared")
     merged = {index: item for part in world.gather(done) for index, item in part.items()}
     results = [merged[index] for index in range(len(config.tasks))]
     for result in results:
@@ -234,11 +254,13 @@ def prepare_only(config: StreamConfig, stages: Sequence[str], break_lock: bool =
     """
     tokenizer = load_tokenizer(config.backbone)
     work_dir, contracts = config.work_path(), []
+    watch.set_limits(**config.watch.model_dump())
     with WorkLock(work_dir) as lock, writing(work_dir):
         work_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(break_lock)
         history = History.of(load_chain(work_dir))
         for path in config.tasks:
+            watch.report(f"validating and preparing {path}")
             validated = validate(path, config, tokenizer, history)
             contracts.append(validated.contract)
             there = f"{validated.contract.task}: prepared already"

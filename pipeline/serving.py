@@ -18,6 +18,7 @@ from pipeline.stages.job import Job
 from pipeline.tracking.chain import Champion, read_published
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.reading import AsOf, as_of
+from pipeline.watch import rank as watch
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] =
     at = as_of(folder, increment)
     newest = at.chain[0]
     config = read_config(folder, newest, overrides)
+    watch.set_limits(**config.watch.model_dump())
     if backbone_digest(config.backbone.path) != newest.backbone.digest:
         raise UserError(
             f"the backbone in {config.backbone.path} is not the one increment {newest.increment} was trained on; "

@@ -39,6 +39,7 @@ OPTIONS = """
     router
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
+    watch.limit_seconds watch.grace_seconds
     method
 """
 OPTIONAL_OPTIONS = {  # of sections that may be null
@@ -242,6 +243,7 @@ def learned(stream: Path, *overrides: str) -> str:
         "deepspeed=deepspeed_configs/zero2.json",
         "tracking.uri=http://host",
         "training.save_every=1",
+        "watch.limit_seconds=5",
         "training.activation_checkpointing=true",
         "gate.on_reject=continue",
     ],

@@ -21,6 +21,7 @@ from pipeline.data.raw_rows import RawRows
 from pipeline.data.seen import SeenHashes, folded, text_hashes
 from pipeline.data.spool import Spool
 from pipeline.data.token_limits import TokenCounter, fit
+from pipeline.watch.rank import report
 
 NUM_EXAMPLES = 3
 _CLEAN = pa.schema([(name, pa.string()) for name in CLEAN_COLUMNS])
@@ -68,6 +69,7 @@ def check_split(
     """
     checks = _SplitChecks(contract, split, counter, judged, folder)
     for left in _one_ahead(checks.row_by_row, batches):
+        report()
         checks.check(left)
     return checks.result()
 

@@ -27,6 +27,7 @@ from pipeline.data.batching import select_rows
 from pipeline.data.ingest import CleanTask
 from pipeline.data.token_limits import TokenCounter, text_tokenizer, tokenizer_digest
 from pipeline.files import canonical_json, fsync_dir, make_durable, sha256_text, write_atomic
+from pipeline.watch.rank import report
 
 SHARD_FORMAT = 1
 _SHARD = pa.schema(
@@ -149,6 +150,7 @@ def write_shards(clean: CleanTask, tokenizer: PreTrainedTokenizerFast, folder: P
             with pa.ipc.new_stream(str(unfinished), _SHARD) as stream:
                 start = 0
                 for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+                    report()
                     if tokenised:
                         prompt_ids = clean.prompt_ids[split].slice(start, batch.num_rows)
                     else:

@@ -7,6 +7,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from pipeline.placement.learner import Learner
 from pipeline.placement.rounds import run_batches
+from pipeline.watch.rank import report
 
 
 def generate_rows(
@@ -52,6 +53,7 @@ def greedy(
     totals, counts = [0.0] * batch, [0] * batch
     open_rows = set(range(batch))
     for _ in range(max_answer_tokens + 1):
+        report()
         positions = torch.arange(batch, device=device) * ids.shape[1] + ids.shape[1] - 1
         logits = learner.forward(ids, mask, positions, position_ids, cache)
         best, token = torch.log_softmax(logits.float(), dim=-1).max(dim=-1)

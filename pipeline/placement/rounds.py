@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.data.batching import cut
 from pipeline.placement.distributed import World
+from pipeline.watch.rank import report
 
 
 def run_batches(
@@ -35,8 +36,10 @@ def each_batch(
     own = batches[world.rank :: world.size]
     rounds = -(-len(batches) // world.size)
     for rows in own:
+        report()
         keep(rows, work(rows))
     for _ in range(rounds - len(own)):
+        report()
         work([longest_first[-1]])
 
 

@@ -29,6 +29,7 @@ from pipeline.training.prefetch import one_ahead, read_batches
 from pipeline.training.progress import Progress
 from pipeline.training.schedule import rate, routed_ratio
 from pipeline.training.stop import StopFlag, StoppedOnRequest
+from pipeline.watch.rank import report
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def train_rows(
     routed = routed_rate(learner, settings, batch_tokens)
 
     def save(done: int) -> None:
+        report(f"{title}: saving the state after step {done} of {total}")
         tensors = stream_state(learner.parameters)
         if world.is_main:
             save_inflight(inflight, Progressed(key, done, continuations), state_shapes(learner.parameters), tensors)
@@ -103,6 +105,7 @@ def train_rows(
     )
     with closing(one_ahead(coming)) as ready:
         while step < total:
+            report(f"{title}: step {step + 1} of {total}")
             begin = time.monotonic()
             chosen = batches[step]
             factor = rate(step, total, settings.warmup_fraction)
@@ -168,6 +171,7 @@ def run_global_batch(
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
     for read in ready:
+        report()
         batch = read.to(world.device)
         learner.engine.set_gradient_accumulation_boundary(batch.last)
         nll, added = forward(learner, method, batch)

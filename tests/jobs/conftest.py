@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import make_task
 from tests.jobs import mistakes_in_models, mistakes_in_streams, mistakes_in_tasks  # noqa: F401 (each registers its own)
+from tests.jobs.failures import Outcome
 from tests.jobs.history import History, make_history
 from tests.jobs.launch import Done, end_everything
 from tests.jobs.life import Life, make_life
@@ -19,13 +20,14 @@ from tests.jobs.methods import learn_by_methods
 from tests.jobs.mistakes import Made, make_mistakes
 from tests.jobs.routed import Routed, learn_routed
 from tests.jobs.streams import TASKS, Inputs, Learned, learn
-from tests.jobs.two_ranks import Shared, Stopped, share_a_launch, stop_by_signal
+from tests.jobs.two_ranks import Shared, Stopped, break_two, share_a_launch, stop_by_signal
 
 # file -> the launches it looks at
 NEEDS = {
     "test_adapters": {"methods"},
     "test_bank": {"life"},
     "test_bad_input": {"learned", "on_one_rank", "on_two_ranks"},
+    "test_failures": {"learned", "broken", "on_two_ranks"},
     "test_predict": {"learned", "on_one_rank", "on_two_ranks"},
     "test_retention": {"learned", "on_two_ranks", "methods"},
     "test_routed": {"routed"},
@@ -49,14 +51,20 @@ def inputs(tmp_path_factory, backbone_dir) -> Inputs:
 @pytest.fixture(scope="session")
 def launches(request, inputs, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """The results to come, by name."""
-    needed = set().union(*(NEEDS.get(item.path.stem, set()) for item in request.session.items))
+    shared = [item for item in request.session.items if not item.get_closest_marker("long")]
+    needed = set().union(*(NEEDS.get(item.path.stem, set()) for item in shared))
     folders = {name: tmp_path_factory.mktemp(name) for name in sorted(needed)}
     to_come: dict[str, Future] = {}
     works = {  # in the order of launching
         "learned": lambda folder: learn(inputs, folder),
         "stopped": lambda folder: stop_by_signal(to_come["learned"].result(), folder),
+        "broken": lambda folder: break_two(to_come["learned"].result(), folder),
         "on_two_ranks": lambda folder: share_a_launch(
-            inputs, to_come["learned"].result(), to_come["stopped"].result() if "stopped" in to_come else None, folder
+            inputs,
+            to_come["learned"].result(),
+            to_come["stopped"].result() if "stopped" in to_come else None,
+            to_come["broken"].result() if "broken" in to_come else (),
+            folder,
         ),
         "routed": lambda folder: learn_routed(inputs, folder),
         "history": lambda folder: make_history(inputs.backbone, folder),
@@ -67,7 +75,7 @@ def launches(request, inputs, tmp_path_factory) -> Iterator[dict[str, Future]]:
     two_ranks, plain = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     for name, work in works.items():
         if name in needed:
-            queue = two_ranks if name in ("learned", "stopped", "on_two_ranks", "routed") else plain
+            queue = two_ranks if name in ("learned", "stopped", "broken", "on_two_ranks", "routed") else plain
             to_come[name] = queue.submit(work, folders[name])
     yield to_come
     end_everything()
@@ -85,6 +93,12 @@ def learned(launches) -> Learned:
 def stopped(launches) -> Stopped:
     """An increment on two ranks that got SIGTERM."""
     return launches["stopped"].result()
+
+
+@pytest.fixture(scope="session")
+def broken(launches) -> tuple[Outcome, ...]:
+    """Increments on two ranks that were broken: one by a rank that stands still, one by killing `deepspeed`."""
+    return launches["broken"].result()
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds for one launch; it takes 20-60 on two quiet cores
@@ -79,9 +80,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(script: str, *arguments: object, ranks: int = 0, forked: bool = False) -> Iterator[Running]:
+def started(
+    script: str,
+    *arguments: object,
+    ranks: int = 0,
+    forked: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Running]:
     """Start a script with `deepspeed` on `ranks` ranks, or forked (tests/forked.py), or with plain python (0 ranks);
-    afterwards its session is gone.
+    afterwards its session is gone. `environment` comes on top of this process's.
     """
     launcher = [sys.executable]
     if ranks and forked:
@@ -92,8 +99,8 @@ def started(script: str, *arguments: object, ranks: int = 0, forked: bool = Fals
             *("--num_accelerators", str(ranks), "--master_port", str(free_port())),
         ]
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **inherited, **environment}
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         with open(out, "wb") as stdout, open(err, "wb") as stderr:

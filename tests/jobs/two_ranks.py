@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.jobs.failures import A_KILLED_RUNNER, A_SLEEPING_RANK, KINDS, Outcome, break_job
 from tests.jobs.launch import Case, Done, run_many, started
 from tests.jobs.many import digests
 from tests.jobs.mistakes import Place
@@ -48,10 +50,21 @@ def stop_by_signal(learned: Learned, folder: Path) -> Stopped:
     return Stopped(work_dir, command, stop, marker, list(digests(work_dir)))
 
 
-def share_a_launch(inputs: Inputs, learned: Learned, stopped: Stopped | None, folder: Path) -> Shared:
+def break_two(learned: Learned, folder: Path) -> tuple[Outcome, ...]:
+    """The first increment of the learned stream in work_dirs of its own, broken in two ways."""
+    asleep, orphaned = (kind for kind in KINDS if kind.name in (A_SLEEPING_RANK, A_KILLED_RUNNER))
+    return (
+        break_job(asleep, learned.stream, folder / "asleep", forked=True, limit=5.0),
+        break_job(orphaned, learned.stream, folder / "orphaned"),
+    )
+
+
+def share_a_launch(
+    inputs: Inputs, learned: Learned, stopped: Stopped | None, broken: Sequence[Outcome], folder: Path
+) -> Shared:
     """Run commands one after another on two ranks.
 
-    `relaunch` goes on after the stop. `pin` learns three tasks under retention `pin`. `divides` has a batch of 6 rows
+    `relaunch` goes on after the stop, and each of `broken` under its kind's name. `pin` learns three tasks under retention `pin`. `divides` has a batch of 6 rows
     in micro-batches of 2, `bad_rows` a second task, checked by rank 1, with too many bad rows. Then come
     those of `new_rows`.
     """
@@ -63,6 +76,7 @@ def share_a_launch(inputs: Inputs, learned: Learned, stopped: Stopped | None, fo
     too_many_bad_rows(bad_rows)
     cases = {
         **({"relaunch": Case("continual", stopped.command)} if stopped else {}),
+        **{outcome.kind.name: outcome.relaunch for outcome in broken},
         "pin": learn_pin,
         "divides": divides.case(divides.stream(training={"batch_size": 6, "micro_batch_size": 2})),
         "bad_rows": bad_rows.case(bad_rows.stream(bad_rows.task("good"), bad_rows.root / "alone.yaml")),
