@@ -151,7 +151,7 @@ class Tracker:
         path = self.work_dir / INCREMENTS / manifest.folder / RUN
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["inputs_key"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{path}: missing or damaged, so its MLflow run is not known; restore it from a backup"
             ) from None

@@ -49,7 +49,7 @@ class TrainResult:
     """The account of training; what was learned stands in the engine."""
 
     steps: int
-    rows_consumed: int
+    rows_consumed: int  # counted step by step, over all launches
     continuations: int
 
 
@@ -77,8 +77,8 @@ def train_rows(
     world, settings = learner.world, config.training
     batches = batches or plain_batches(len(rows), settings.epochs, settings.batch_size, seed)
     total = len(batches)
-    saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
-    step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
+    saved = world.on_main(lambda: load_inflight(inflight, key))
+    step, continuations, consumed = (saved.step, saved.continuations + 1, saved.rows) if saved else (0, 0, 0)
     kept = step  # of the state on disk
     vocab_size = learner.model.backbone.config.vocab_size
     values, moments = open_inflight(inflight) if saved else (start, {})
@@ -93,7 +93,8 @@ def train_rows(
     def save(done: int) -> None:
         tensors = stream_state(learner.parameters)
         if world.is_main:
-            save_inflight(inflight, Progressed(key, done, continuations), state_shapes(learner.parameters), tensors)
+            so_far = Progressed(key, done, continuations, consumed)
+            save_inflight(inflight, so_far, state_shapes(learner.parameters), tensors)
         else:
             for _ in tensors:  # takes part in the gathering
                 pass
@@ -112,6 +113,7 @@ def train_rows(
             penalty = add_penalties(learner, penalties)
             learner.engine.step()
             step += 1
+            consumed += len(chosen)
             norm = float(learner.engine.get_global_grad_norm() or 0.0)
             lost = not math.isfinite(norm) or norm < 0  # DeepSpeed says -1 for a norm that is no number
             nll, answer_tokens, asked, lost, *terms = world.sum(
@@ -132,7 +134,7 @@ def train_rows(
             if step % settings.save_every == 0 or step == total:
                 save(step)
                 kept = step
-    return TrainResult(total, sum(map(len, batches)), continuations)
+    return TrainResult(total, consumed, continuations)
 
 
 @dataclass
