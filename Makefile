@@ -33,7 +33,7 @@ if [ "$$devices" -eq 0 ]; then \
 fi
 endef
 
-.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading fuzz lint clean
+.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-faults fuzz lint clean
 
 help:
 	@echo "make quickstart   set up, make the demo's model and data, learn $(STREAM)"
@@ -42,6 +42,7 @@ help:
 	@echo "make proof-moe    every expert-parallel size and ZeRO stage on 1, 2 and 4 processes against a naive model"
 	@echo "make proof-plan   bytes that jobs/plan.py predicts against those measured on 2 processes (the suite has 4)"
 	@echo "make proof-loading   load a 3 GB mixture of experts on 4 processes: bytes read, peak memory (3 minutes)"
+	@echo "make proof-faults    kill runs of three increments at some 70 moments, continue them, compare to the bit (7 CPU minutes)"
 	@echo "make fuzz         20,000 hostile and broken inputs to every reader of contracts, streams, rows, adapters and published files"
 	@echo "make lint         ruff check and format check"
 	@echo "make venv         set up only: $(VENV)"
@@ -79,6 +80,9 @@ proof-plan: $(STAMP)
 proof-loading: $(STAMP)
 	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; folder=$$(mktemp -d); \
 	deepspeed --num_accelerators 4 tests/placement/loading_proof.py "$$folder/backbone"; code=$$?; rm -rf "$$folder"; exit $$code
+
+proof-faults: $(STAMP)
+	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; exec python -m tests.faults.driver
 
 fuzz: $(STAMP)
 	@$(ENVIRONMENT); exec python -m tests.fuzz.driver --count 20000

@@ -1,6 +1,6 @@
 """The fault harness: break runs of three increments, continue them, compare them with the unbroken run to the bit.
 
-    python -m tests.faults.driver [--short] [--seed N] [--keep FOLDER] [--out FILE]
+    python -m tests.faults.driver [--short | --setting NAME]... [--seed N] [--keep FOLDER] [--out FILE]
 
 Everything is imported once; each launch is forked from here. Ends with exit 1 where a row was lost or repeated, a
 champion was torn, an end differed or a process did not end by itself.
@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the harness; the exit code."""
     parser = argparse.ArgumentParser(description="Kill runs, continue them, compare them with unbroken ones.")
     parser.add_argument("--short", action="store_true", help="one setting and a handful of kills")
+    parser.add_argument("--setting", action="append", choices=sorted(LONG), help="of the long version, only this one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder that takes work_dirs and logs (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="file that takes all results as JSON")
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         inputs = Inputs(folder / "inputs")
         inputs.folder.mkdir(parents=True)
         inputs.make()
-        wanted = {"routed-fp32": (short,)} if options.short else LONG
+        wanted = {"routed-fp32": (short,)} if options.short else {name: LONG[name] for name in options.setting or LONG}
         runs, references = [], {}
         for name, of_setting in wanted.items():
             unbroken = references[name] = unbroken_run(inputs, SETTINGS[name], folder / name / "unbroken")
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
                 faults = plan(unbroken, options.seed + number)
                 runs.append(broken_run(inputs, unbroken, faults, folder / name / f"broken-{number}"))
                 print(line_of(runs[-1]), flush=True)
-        plan = elastic.SHORT if options.short else elastic.LONG
+        plan = [one for one in (elastic.SHORT if options.short else elastic.LONG) if one.setting in references]
         worlds = [elastic.continue_elsewhere(inputs, references[one.setting], one, folder / "worlds") for one in plan]
     print(report(runs), elastic.report(worlds), cpu_used(), sep="\n\n", flush=True)
     if options.out:

@@ -1,6 +1,7 @@
 """Increments that are asked to stop on two ranks and go on with other numbers of ranks and expert-parallel sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Plan:
     increment: int
     ranks: tuple[int, ...]
     stops: tuple[int, ...]
+    damaged: bool = False  # after the first stop the state is damaged, the command given once, and the state mended
 
 
 @dataclass
@@ -34,9 +36,10 @@ class World:
     lost: int = 0
     repeated: int = 0
     problems: list[str] = field(default_factory=list)
+    refused: str = ""  # how the launch on a damaged state ended, and what it said
 
 
-SHORT = (Plan("routed-fp32", 1, (2, 1, 4), (1, 2)),)
+SHORT = (Plan("routed-fp32", 1, (2, 1, 4), (1, 2), damaged=True),)
 LONG = (
     Plan("dense-fp32", 2, (2, 1, 4), (1, 2)),
     Plan("dense-fp32", 2, (2, 4), (2,)),
@@ -61,6 +64,11 @@ def continue_elsewhere(inputs: Inputs, unbroken: Unbroken, plan: Plan, folder: P
         if number < len(plan.stops):
             stop = Fault("stop", Point(ranks - 1, plan.increment, f"step {plan.stops[number]}", 1))
         outcome = launch(command, ranks, work_dir, folder / name / f"launch-{number + 1}", stop)
+        if plan.damaged and number == 0:
+            state = work_dir / "inflight" / "state.safetensors"
+            with flipped(state):
+                again = launch(command, ranks, work_dir, folder / name / "damaged")
+            world.refused = f"exit {again.code}\n{again.text}"
         launches.append(outcome)
         world.codes.append(outcome.code)
         if outcome.code != (75 if stop else 0) or outcome.left:
@@ -86,6 +94,16 @@ def continue_elsewhere(inputs: Inputs, unbroken: Unbroken, plan: Plan, folder: P
     if said := audited(work_dir, folder / name / "audit"):
         world.problems.append(said)
     return world
+
+
+@contextmanager
+def flipped(path: Path) -> Iterator[None]:
+    """A file with one bit of its last byte turned over."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    yield
+    assert path.read_bytes()[:-1] == whole[:-1], "the damaged file was changed"
+    path.write_bytes(whole)
 
 
 def losses(launches: Sequence[Outcome], title: str) -> dict[int, float]:

@@ -56,12 +56,19 @@ def at_edges_of_all_stages(unbroken: Unbroken, seed: int) -> list[Fault]:
 
 
 def by_the_clock(unbroken: Unbroken, count: int, seed: int) -> list[Fault]:
-    """Kills at random moments of the time that an unbroken run takes."""
+    """Kills at random moments of the time that an unbroken run takes: a launch that continues has what is left of it
+    before it, and some part of a start again.
+    """
     draw = random.Random(seed)
-    return [
-        Fault(draw.choice(KILLS), seconds=draw.uniform(0.05, unbroken.outcome.seconds), rank=draw.randrange(2))
-        for _ in range(count)
-    ]
+    whole = unbroken.outcome.seconds
+    begun = next(point["at"] for point in unbroken.points if point["place"] == "before learn")
+    start = begun - (unbroken.points[-1]["at"] - whole)
+    moments = sorted(draw.uniform(0.05, 0.9) * whole for _ in range(count))
+    faults = []
+    for last, moment in zip([0.0, *moments], moments, strict=False):
+        seconds = moment - last + (draw.uniform(0, start) if last else 0.0)
+        faults.append(Fault(draw.choice(KILLS), seconds=seconds, rank=draw.randrange(2)))
+    return faults
 
 
 def at(point: dict[str, Any], how: str) -> Fault:

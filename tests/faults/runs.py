@@ -76,7 +76,7 @@ def unbroken_run(inputs: Inputs, setting: Setting, folder: Path) -> Unbroken:
 
 
 def broken_run(inputs: Inputs, unbroken: Unbroken, faults: Iterable[Fault], folder: Path) -> Broken:
-    """Learn the stream; after each fault look at the disk, and give the same command again. The last launch has none."""
+    """Learn the stream; after each fault look at the disk, give the same command again, lastly without a fault."""
     broken = Broken(unbroken.setting)
     stream, work_dir = inputs.stream(unbroken.setting, folder)
     launches: list[Outcome] = []
