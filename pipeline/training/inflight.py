@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -82,6 +83,14 @@ def open_inflight(folder: Path) -> tuple[TensorFile, dict[str, TensorFile]]:
     """The saved values, and the saved moments by name, for reading by slices; `load_inflight` has checked the bytes."""
     file = TensorFile(folder / _FILE)
     return file.below("value/"), {moment: file.below(f"{moment}/") for moment in MOMENTS}
+
+
+def remove_published(folder: Path, key: str) -> None:
+    """Remove the folder where its state is that of the inputs `key`, whose increment was published since, or where it
+    holds no state at all: a job died while it removed it. Raises UserError as `load_inflight` does.
+    """
+    if folder.is_dir() and (not (folder / _FILE).is_file() or load_inflight(folder, key) is not None):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _seal(path: Path, digest: str) -> None:

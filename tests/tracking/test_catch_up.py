@@ -24,6 +24,7 @@ def test_a_damaged_run_json_is_one_sentence_with_the_remedy_and_costs_nothing(co
     history = History.of(load_chain(copied))
     path = copied / "increments" / history.newest.folder / "run.json"
     tracker = Tracker(copied, "reviews", TrackingConfig())
+    assert tracker.flush()  # nothing is on its way while the folder is looked at
     for content in DAMAGED.values():
         path.unlink(missing_ok=True)
         if content is not None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from data_contracts.errors import UserError
-from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
+from pipeline.training.inflight import Progressed, load_inflight, open_inflight, remove_published, save_inflight
 
 NAMES = ("shared/model.layers.0.mlp.up_proj.lora_A", "gate/model.layers.0.mlp.gate.weight", "discriminator/x.bias")
 KINDS = ("exp_avg", "exp_avg_sq", "value")
@@ -152,3 +152,16 @@ def test_each_shortened_state_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="move it away"):
             load_inflight(tmp_path, "key")
+
+
+def test_a_state_whose_increment_was_published_goes_and_no_other(tmp_path):
+    folder = tmp_path / "inflight"
+    remove_published(folder, "key")  # nothing there
+    save(folder, "key", 7, state(1), 0)
+    remove_published(folder, "other")
+    assert load_inflight(folder, "key").step == 7
+    remove_published(folder, "key")
+    assert not folder.exists()
+    (folder / "publish-1").mkdir(parents=True)  # what a kill leaves that falls while the folder is removed
+    remove_published(folder, "")
+    assert not folder.exists()
