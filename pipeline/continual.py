@@ -38,8 +38,9 @@ from pipeline.startup import StartClock
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
-from pipeline.tracking.mlflow_log import Tracker
+from pipeline.tracking.mlflow_log import Tracker, read_inputs_key
 from pipeline.training.adapter_folder import check_start_from, check_started_tasks
+from pipeline.training.inflight import remove_published
 from pipeline.training.loop import StepLog
 from pipeline.training.stop import StopFlag, StoppedOnRequest
 from pipeline.watch import rank as watch
@@ -80,6 +81,7 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
         stop.marker = lambda message: mark(work_dir, STOPPED, {"message": message})
     backbone = world.on_main(lambda: backbone_record(config))
     check_same_model(config, backbone, history)
+    world.on_main(lambda: drop_published_state(work_dir, history))
     clock.passed("chain and digests")
     prepared = prepare_tasks(config, tokenizer, world, history, until, stop)
     clock.passed("prepare")
@@ -282,6 +284,14 @@ def open_work_dir(work_dir: Path, lock: Callable[[], Any] = lambda: None) -> His
         raise UserError(f"work_dir {work_dir}: cannot be written ({error.strerror}); choose another") from error
     clean_left_overs(work_dir)
     return History.of(load_chain(work_dir))
+
+
+def drop_published_state(work_dir: Path, history: History) -> None:
+    """Remove the in-flight state that a job left which died between publishing its increment and removing it."""
+    inflight = work_dir / "inflight"
+    if inflight.is_dir():
+        key = read_inputs_key(work_dir, history.newest) if history.newest else ""
+        remove_published(inflight, key)
 
 
 def open_tracker(config: StreamConfig, world: World, history: History) -> Tracker | None:

@@ -114,7 +114,7 @@ def _holder(fd: int) -> dict:
     """What a lock file says; empty where it says nothing readable."""
     try:
         read = json.loads(os.pread(fd, 65536, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 

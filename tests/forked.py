@@ -13,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,11 +26,23 @@ def main(ranks: int, port: int, script: str, arguments: list[str]) -> int:
     for module in IMPORTED:
         importlib.import_module(module)
     sys.stdout.flush()
+    return wait_for(start(ranks, port, script, arguments))
+
+
+def start(
+    ranks: int, port: int, script: str, arguments: list[str], first: Callable[[int], None] = lambda rank: None
+) -> dict[int, int]:
+    """Fork the ranks; {process id: rank}. Each calls `first` with its rank before the script."""
     children = {}
     for rank in range(ranks):
         if (pid := os.fork()) == 0:
-            be_rank(rank, ranks, port, script, arguments)
+            be_rank(rank, ranks, port, script, arguments, first)
         children[pid] = rank
+    return children
+
+
+def wait_for(children: dict[int, int]) -> int:
+    """Wait for the ranks' end; the exit code."""
     code = 0
     while children:
         pid, status = os.wait()
@@ -42,7 +55,7 @@ def main(ranks: int, port: int, script: str, arguments: list[str]) -> int:
     return code
 
 
-def be_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]) -> None:
+def be_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str], first: Callable[[int], None]) -> None:
     """Run the script as one rank; does not return."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "CROSS_RANK": 0}
     places |= {"CROSS_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -50,6 +63,7 @@ def be_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str])
     sys.argv = [script, f"--local_rank={rank}", *arguments]
     code = 1
     try:
+        first(rank)
         runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as error:

@@ -125,7 +125,7 @@ class Tracker:
         """
         entries = [*history.changes, *([history.newest] if history.newest else [])]
         for entry in sorted(entries, key=lambda entry: entry.increment):
-            key = "" if isinstance(entry, Change) else self._inputs_key(entry)
+            key = "" if isinstance(entry, Change) else read_inputs_key(self.work_dir, entry)
             self.published(entry, inputs_key=key)
 
     def close(self, ok: bool = True) -> None:
@@ -147,15 +147,6 @@ class Tracker:
         """Wait at most `seconds` for what is under way to MLflow. Whether it now knows everything."""
         return self._courier.flush(seconds)
 
-    def _inputs_key(self, manifest: Manifest) -> str:
-        path = self.work_dir / INCREMENTS / manifest.folder / RUN
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["inputs_key"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}: missing or damaged, so its MLflow run is not known; restore it from a backup"
-            ) from None
-
     def _attempt(self, number: int, task: str, inputs_key: str) -> dict[str, Any]:
         key = ["increment", self.stream_name, str(self.work_dir), number, task, inputs_key]
         tags = {"stream": self.stream_name, "task": task, "increment": str(number)}
@@ -170,6 +161,17 @@ class Tracker:
         if self._increment is None:
             raise RuntimeError("no increment is open: call increment() first")
         return self._increment["key"]
+
+
+def read_inputs_key(work_dir: Path, manifest: Manifest) -> str:
+    """The digest of what an increment was learned from, out of its run.json. Raises UserError where that is damaged."""
+    path = work_dir / INCREMENTS / manifest.folder / RUN
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["inputs_key"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{path}: missing or damaged, so its MLflow run is not known; restore it from a backup"
+        ) from None
 
 
 def how_to_open(uri: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_contracts.errors import UserError
 from pipeline.config import StreamConfig, TrainingConfig
 from pipeline.data.collate import MicroBatch
 from pipeline.data.mixing import JoinedRows, plain_batches
@@ -50,7 +51,7 @@ class TrainResult:
     """The account of training; what was learned stands in the engine."""
 
     steps: int
-    rows_consumed: int
+    rows_consumed: int  # counted step by step, over all launches
     continuations: int
 
 
@@ -78,8 +79,8 @@ def train_rows(
     world, settings = learner.world, config.training
     batches = batches or plain_batches(len(rows), settings.epochs, settings.batch_size, seed)
     total = len(batches)
-    saved = world.broadcast(load_inflight(inflight, key) if world.is_main else None)
-    step, continuations = (saved.step, saved.continuations + 1) if saved else (0, 0)
+    saved = world.on_main(lambda: load_inflight(inflight, key))
+    step, continuations, consumed = (saved.step, saved.continuations + 1, saved.rows) if saved else (0, 0, 0)
     kept = step  # of the state on disk
     vocab_size = learner.model.backbone.config.vocab_size
     values, moments = open_inflight(inflight) if saved else (start, {})
@@ -94,11 +95,17 @@ def train_rows(
     def save(done: int) -> None:
         report(f"{title}: saving the state after step {done} of {total}")
         tensors = stream_state(learner.parameters)
+        refused: list[UserError] = []
         if world.is_main:
-            save_inflight(inflight, Progressed(key, done, continuations), state_shapes(learner.parameters), tensors)
-        else:
-            for _ in tensors:  # takes part in the gathering
-                pass
+            so_far = Progressed(key, done, continuations, consumed)
+            try:
+                save_inflight(inflight, so_far, state_shapes(learner.parameters), tensors)
+            except UserError as error:  # of the disk; the other ranks are still gathering
+                refused.append(error)
+        for _ in tensors:  # takes part in the gathering
+            pass
+        if problem := world.broadcast(refused[0] if refused else None):
+            raise problem
 
     coming = (
         batch for number in range(step, total) for batch in read_batches(world, settings, rows, batches[number], number)
@@ -115,6 +122,7 @@ def train_rows(
             penalty = add_penalties(learner, penalties)
             learner.engine.step()
             step += 1
+            consumed += len(chosen)
             norm = float(learner.engine.get_global_grad_norm() or 0.0)
             lost = not math.isfinite(norm) or norm < 0  # DeepSpeed says -1 for a norm that is no number
             nll, answer_tokens, asked, lost, *terms = world.sum(
@@ -135,7 +143,7 @@ def train_rows(
             if step % settings.save_every == 0 or step == total:
                 save(step)
                 kept = step
-    return TrainResult(total, sum(map(len, batches)), continuations)
+    return TrainResult(total, consumed, continuations)
 
 
 @dataclass

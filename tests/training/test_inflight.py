@@ -2,13 +2,17 @@
 
 import json
 import os
+import random
+import re
 import sys
+from hashlib import sha256
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
+from data_contracts.errors import UserError
+from pipeline.training.inflight import Progressed, load_inflight, open_inflight, remove_published, save_inflight
 
 NAMES = ("shared/model.layers.0.mlp.up_proj.lora_A", "gate/model.layers.0.mlp.gate.weight", "discriminator/x.bias")
 KINDS = ("exp_avg", "exp_avg_sq", "value")
@@ -85,5 +89,79 @@ def test_the_file_knows_nothing_of_world_size_or_place(tmp_path):
     with safe_open(path, framework="pt") as file:
         note = json.loads(file.metadata()["perennial"])
         names = set(file.keys())
-    assert note == {"key": "key", "step": 7, "continuations": 2}
+    assert note.pop("sha256") == sealed_digest(path)
+    assert note == {"key": "key", "step": 7, "continuations": 2, "rows": 0}
     assert names == {f"{kind}/{name}" for kind in KINDS for name in NAMES}
+
+
+def sealed_digest(path) -> str:
+    """sha256 of the file's bytes with zeros for the digest in its header."""
+    blank = re.sub(rb'(sha256\\":\\")[0-9a-f]{64}', rb"\g<1>" + b"0" * 64, path.read_bytes(), count=1)
+    return sha256(blank).hexdigest()
+
+
+def test_the_rows_consumed_so_far_come_back(tmp_path):
+    tensors = {"value/a": torch.ones(3)}
+    save_inflight(tmp_path, Progressed("key", 3, 1, 24), {"value/a": (3,)}, tensors.items())
+    assert load_inflight(tmp_path, "key") == Progressed("key", 3, 1, 24)
+
+
+def test_a_flipped_byte_anywhere_is_refused_with_the_remedy_and_the_file_stays(tmp_path):
+    save(tmp_path, "key", 7, state(1), 0)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(5)
+    places = {*draw.sample(range(header), 60), *draw.sample(range(header, len(whole)), 60), 0, 7, 8, len(whole) - 1}
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as refused:
+            load_inflight(tmp_path, "key")
+        said = str(refused.value)
+        assert str(path) in said and "move it away" in said and len(said.splitlines()) == 1
+        assert path.read_bytes() == damaged
+    path.write_bytes(whole)
+    assert load_inflight(tmp_path, "key").step == 7
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        b"\xff" * 64,
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\x02\0\0\0\0\0\0\0{}",
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+    ids=["empty", "no header", "a huge header", "a list", "no note", "deep"],
+)
+def test_what_is_no_state_at_all_is_refused_in_one_sentence(tmp_path, content):
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is no in-flight state of this version; restore it from a backup"):
+        load_inflight(tmp_path, "key")
+
+
+def test_each_shortened_state_is_refused(tmp_path):
+    save(tmp_path, "key", 7, state(1), 0)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for length in (7, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="move it away"):
+            load_inflight(tmp_path, "key")
+
+
+def test_a_state_whose_increment_was_published_goes_and_no_other(tmp_path):
+    folder = tmp_path / "inflight"
+    remove_published(folder, "key")  # nothing there
+    save(folder, "key", 7, state(1), 0)
+    remove_published(folder, "other")
+    assert load_inflight(folder, "key").step == 7
+    remove_published(folder, "key")
+    assert not folder.exists()
+    (folder / "publish-1").mkdir(parents=True)  # what a kill leaves that falls while the folder is removed
+    remove_published(folder, "")
+    assert not folder.exists()
