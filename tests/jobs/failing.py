@@ -2,7 +2,8 @@
 
 At its third step rank 1 then stands still for ever: `asleep` before the step's first collective; `alone`, in a
 collective that nobody else enters; `holding` the interpreter, so that no other thread runs either. `slow` goes
-right. Rank 1 prints `now` at that step. Every step takes a quarter of a second longer than it needs, so that there is time to send a signal.
+right. Rank 1 prints `now` at that step. Every step takes a quarter of a second longer than it needs, so that there is
+time to send a signal.
 """
 
 import ctypes

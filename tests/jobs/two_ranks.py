@@ -64,9 +64,9 @@ def share_a_launch(
 ) -> Shared:
     """Run commands one after another on two ranks.
 
-    `relaunch` goes on after the stop, and each of `broken` under its kind's name. `pin` learns three tasks under retention `pin`. `divides` has a batch of 6 rows
-    in micro-batches of 2, `bad_rows` a second task, checked by rank 1, with too many bad rows. Then come
-    those of `new_rows`.
+    `relaunch` goes on after the stop, and each of `broken` under its kind's name. `pin` learns three tasks under
+    retention `pin`. `divides` has a batch of 6 rows in micro-batches of 2, `bad_rows` a second task, checked by rank 1,
+    with too many bad rows. Then come those of `new_rows`.
     """
     method = LEARNING["method"] | {"retention": {"policy": "pin"}}
     pin, learn_pin = stream_of(inputs, folder / "pin", TASKS, method, training=LEARNING["training"] | {"epochs": 1})
