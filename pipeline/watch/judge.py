@@ -91,7 +91,7 @@ def fault(ranks: Sequence[Watched], limit: float | None, grace: float) -> Verdic
         return _verdict(lost, lambda rank: "is gone, killed or crashed")
     if limit is not None and (held := [r for r in ranks if r.at_work and r.stopped_for >= FOUND * limit]):
         return _verdict(held, lambda rank: f"was stopped (SIGSTOP) for {rank.stopped_for:.0f} s")
-    if staying := [rank for rank in ranks if not rank.gone and rank.ended_for >= grace]:
+    if staying := [rank for rank in ranks if not rank.gone and min(rank.ended_for, rank.quiet_for) >= grace]:
         return _verdict(staying, lambda rank: f"is through, exit code {rank.says['ended']}, but its process stays")
     done = (None, 0, EXIT_STOPPED)
     failed = [rank for rank in ranks if rank.says["ended"] not in done and rank.ended_for >= grace]

@@ -31,9 +31,11 @@ from pipeline.watch.judge import EXIT_STOPPED
 LIMIT_SECONDS, GRACE_SECONDS = 60.0, 30.0  # until the configuration is read
 STATE_BYTES = 2048
 _WATCHDOG = Path(__file__).with_name("watchdog.py")
-# where a rank waits for others: the innermost Python frame of some thread lies in one of these
-_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
-_BOUNDED = ("/pipeline/tracking/courier.py",)  # waits for MLflow, with a time limit of its own
+# where a rank without work waits for others: the innermost Python frame of some thread lies in one of these. DeepSpeed
+# and autograd wait for collectives at many places of theirs
+_COLLECTIVES = ("/torch/", "/deepspeed/")
+# where it waits for a server, MLflow's or a remote store's, with a time limit of its own
+_BOUNDED = ("/pipeline/tracking/courier.py", "/fsspec/")
 
 
 class Unwatchable(Exception):

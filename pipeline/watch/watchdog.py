@@ -61,7 +61,8 @@ class Watchdog:
         """Until the last rank has ended."""
         last = time.monotonic()
         while True:
-            time.sleep(TICK)
+            at_work = not self.ranks or any(rank.at_work for rank in self.ranks.values())
+            time.sleep(TICK if at_work else TICK / 5)  # who waits for the job's end waits for this process too
             now = time.monotonic()
             seconds, last = min(now - last, 2 * TICK), now  # while this process was held up, nobody was watched
             self.look(seconds)
