@@ -92,6 +92,9 @@ def test_the_harness_tells_lost_rows_from_repeated_ones(tmp_path):
     def rows(step: int, *ids: str) -> dict:
         return {"kind": "rows", "step": step, "ids": list(ids)}
 
+    def saves(step: int) -> dict:
+        return {"kind": "point", "place": f"state {step} file", "detail": "os.rename /inflight/.state"}
+
     def launched(*ranks: list[dict]) -> Outcome:
         return Outcome(0, False, 0.0, 0.0, [], list(ranks), "")
 
