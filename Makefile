@@ -43,7 +43,7 @@ help:
 	@echo "make proof-plan   bytes that jobs/plan.py predicts against those measured on 2 processes (the suite has 4)"
 	@echo "make proof-loading   load a 3 GB mixture of experts on 4 processes: bytes read, peak memory (3 minutes)"
 	@echo "make proof-failures  kill, stop and wedge ranks and launchers of 13 jobs: times, exit codes, who was named (5 minutes)"
-	@echo "make proof-faults    kill runs of three increments at some 70 moments, continue them, compare to the bit (7 CPU minutes)"
+	@echo "make proof-faults    kill runs of three increments at some 80 moments, continue them, compare to the bit (8 CPU minutes)"
 	@echo "make fuzz         20,000 hostile and broken inputs to every reader of contracts, streams, rows, adapters and published files"
 	@echo "make lint         ruff check and format check"
 	@echo "make venv         set up only: $(VENV)"

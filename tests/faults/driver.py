@@ -46,11 +46,10 @@ LONG: dict[str, tuple[Plan, ...]] = {
 
 
 def short(unbroken: Unbroken, seed: int) -> list[Fault]:
-    """A handful: in a save, in a bank's file, before evaluation, inside publish before and after the rename."""
+    """A handful: in a save, in a bank's file, inside publish before the rename of the folder and of the champion."""
     chosen = []
     for increment, place, contains, how in (
         (1, "state 3 file", "os.rename", "rank"),
-        (1, "before evaluate", "", "group"),
         (2, "bank file", "os.rename", "ranks"),
         (2, "publish file", "os.rename /inflight", "group"),
         (3, "publish file", "os.rename /.champion", "ranks"),

@@ -39,7 +39,7 @@ class World:
     refused: str = ""  # how the launch on a damaged state ended, and what it said
 
 
-SHORT = (Plan("routed-fp32", 1, (2, 1, 4), (1, 2), damaged=True),)
+SHORT = (Plan("routed-fp32", 1, (2, 1), (2,), damaged=True),)
 LONG = (
     Plan("dense-fp32", 2, (2, 1, 4), (1, 2)),
     Plan("dense-fp32", 2, (2, 4), (2,)),

@@ -164,16 +164,16 @@ def account(launches: Sequence[Outcome], inputs: Inputs, tasks: Sequence[str] = 
     """Rows that went too seldom, and too often, into what was published: (lost, repeated), over the tasks' increments.
 
     Counted from what passed through the model on every rank. Steps that the next launch went back behind are taken
-    out again: its start is a state from before them.
+    out again, and so are those of which no state was saved before it: they are in nothing that it goes on from.
     """
     steps: dict[str, dict[int, Counter]] = {}  # title -> step -> rows
+    saved: dict[str, int] = {}  # title -> steps in the state on disk
     for outcome in launches:
-        for events in outcome.events[:1]:  # what this launch went back to, before what it did
-            for event in events:
-                if event["kind"] == "begins":
-                    done = steps.setdefault(event["title"], {})
-                    for step in [step for step in done if step >= event["step"]]:
-                        del done[step]
+        for event in outcome.events[0]:  # what this launch went back to, before what it did
+            if event["kind"] == "begins":
+                title, done = event["title"], steps.setdefault(event["title"], {})
+                for step in [step for step in done if step >= min(event["step"], saved.get(title, 0))]:
+                    del done[step]
         for events in outcome.events:
             title = ""
             for event in events:
@@ -181,6 +181,8 @@ def account(launches: Sequence[Outcome], inputs: Inputs, tasks: Sequence[str] = 
                     title = event["title"]
                 elif event["kind"] == "rows":
                     steps.setdefault(title, {}).setdefault(event["step"], Counter()).update(event["ids"])
+                elif (number := saving(event)) is not None:
+                    saved[title] = number
     lost = repeated = 0
     for number, task in enumerate(tasks, start=1):
         table = pq.read_table(inputs.folder / "data" / task / "train.parquet", columns=["id"])
@@ -189,6 +191,13 @@ def account(launches: Sequence[Outcome], inputs: Inputs, tasks: Sequence[str] = 
         lost += (expected - found).total()
         repeated += (found - expected).total()
     return lost, repeated
+
+
+def saving(event: dict[str, Any]) -> int | None:
+    """The step whose state takes its place with this event; None for any other event."""
+    place = event.get("place", "").split()
+    is_save = event["kind"] == "point" and place[::2] == ["state", "file"] and event["detail"].startswith("os.rename")
+    return int(place[1]) if is_save else None
 
 
 def wrong_counts(work_dir: Path) -> list[str]:
