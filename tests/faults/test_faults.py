@@ -103,12 +103,11 @@ def test_the_harness_tells_lost_rows_from_repeated_ones(tmp_path):
 
     whole = launched([begins(1, 0), rows(0, a), rows(1, b)], [begins(1, 0), rows(0, b), rows(1, a)])
     assert counted(whole) == (0, 0)
-    killed = launched([begins(1, 0), rows(0, a), rows(1, b)], [begins(1, 0), rows(0, b)])
+    killed = launched([begins(1, 0), rows(0, a), saves(1), rows(1, b)], [begins(1, 0), rows(0, b)])
     assert counted(killed, launched([begins(1, 1), rows(1, b)], [begins(1, 1), rows(1, a)])) == (0, 0)
-    assert counted(killed, launched([begins(1, 2)], [begins(1, 2)])) == (
-        1,
-        0,
-    )  # goes on behind a step that was not done
+    assert counted(killed, launched([begins(1, 2)], [begins(1, 2)])) == (2, 0)  # behind a step that was never saved
+    unsaved = launched([begins(1, 0), rows(0, a)], [begins(1, 0), rows(0, b)])
+    assert counted(unsaved, launched([begins(1, 1), rows(1, b)], [begins(1, 1), rows(1, a)])) == (2, 0)
     assert counted(killed, launched([begins(1, 1), rows(1, b, a)], [begins(1, 1), rows(1, a)])) == (0, 1)
     assert counted(launched([begins(1, 0), rows(0, a, a), rows(1, a)], [begins(1, 0)])) == (2, 1)
 
