@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
 from data_contracts.errors import UserError
 from pipeline.demo import MoeSize, make_demo
 

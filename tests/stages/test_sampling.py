@@ -48,6 +48,7 @@ def stream_of(shards: PreparedTask, count: int) -> tuple[dict[str, PreparedTask]
         history.learned[name] = entry
         history.row[name] = 0.5
         history._by_task[name] = [entry]
+        history.in_effect.add(number)
     return tasks, history
 
 
