@@ -24,6 +24,7 @@ from pipeline.watch.judge import Sight, Verdict, Watched
 from pipeline.watch.processes import MARK, Process
 
 TICK = 0.25  # seconds between two looks
+PEERS_SECONDS = 3.0  # at most, in which the peers of a rank at fault may end by themselves
 FAMILY_SECONDS = 2.0  # between two looks for children of ranks
 COMING_SECONDS = 20.0  # a rank that has not come by then after all others have ended will not come
 
@@ -93,7 +94,7 @@ class Watchdog:
         self._asked_age += seconds
         if self.ending_for is not None:
             self.ending_for += seconds
-            if self.ending_for >= (self.limit or 60.0) / 10:
+            if self.ending_for >= min(PEERS_SECONDS, (self.limit or 60.0) / 10):
                 self.kill(ranks)
             return
         if self.stopping_for is None:

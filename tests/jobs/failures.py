@@ -142,9 +142,7 @@ def published(files: Mapping[str, str]) -> dict[str, str]:
     return {
         name: sha
         for name, sha in files.items()
-        if name.startswith("bank/")
-        or name == "champion.json"
-        or (name.startswith("increments/") and name.endswith("/manifest.json"))
+        if name.startswith("bank/") or name == "champion.json" or re.fullmatch(r"increments/[^/]+/manifest.json", name)
     }
 
 
