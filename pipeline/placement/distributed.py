@@ -4,7 +4,7 @@ import ctypes
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,9 +42,12 @@ class World:
             torch.distributed.broadcast_object_list(holder, src=0, group=self.control)
         return holder[0]
 
-    def on_main(self, work: Callable[[], Any]) -> Any:
+    def on_main(self, work: Callable[[], Any], gathered: Iterable[Any] = ()) -> Any:
         """`work()` done on rank 0, its result on every rank; a UserError is raised on every rank alike, and so
         is what the disk refuses.
+
+        `gathered` is what `work` draws from, if that is gathered from all ranks as it is drawn: every rank goes
+        through all of it, whatever becomes of `work`.
         """
         result, error = None, None
         if self.is_main:
@@ -54,6 +57,8 @@ class World:
                 error = raised
             except OSError as raised:  # a full or failing disk, where nothing nearer said which
                 error = storage_error(raised)
+        for _ in gathered:
+            pass
         result, error = self.broadcast((result, error))
         if error is not None:
             raise error

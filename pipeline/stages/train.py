@@ -154,14 +154,9 @@ def publish(job: Job, task: str, component: str) -> str:
     """Put a component as it was trained into the bank, one tensor at a time; returns its digest. Collective."""
     parameters = job.learner.components[component]
     tensors = stream_values(parameters)
-    digest = None
-    if job.world.is_main:
-        note = {"task": task, "method": job.config.method["name"], "component": component}
-        digest = job.bank.put_stream({name: tuple(full_shape(p)) for name, p in parameters.items()}, tensors, note)
-    else:
-        for _ in tensors:  # takes part in the gathering
-            pass
-    return job.world.broadcast(digest)
+    shapes = {name: tuple(full_shape(parameter)) for name, parameter in parameters.items()}
+    note = {"task": task, "method": job.config.method["name"], "component": component}
+    return job.world.on_main(lambda: job.bank.put_stream(shapes, tensors, note), tensors)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_contracts.errors import UserError
 from pipeline.config import StreamConfig, TrainingConfig
 from pipeline.data.collate import MicroBatch
 from pipeline.data.mixing import JoinedRows, plain_batches
@@ -95,17 +94,8 @@ def train_rows(
     def save(done: int) -> None:
         report(f"{title}: saving the state after step {done} of {total}")
         tensors = stream_state(learner.parameters)
-        refused: list[UserError] = []
-        if world.is_main:
-            so_far = Progressed(key, done, continuations, consumed)
-            try:
-                save_inflight(inflight, so_far, state_shapes(learner.parameters), tensors)
-            except UserError as error:  # of the disk; the other ranks are still gathering
-                refused.append(error)
-        for _ in tensors:  # takes part in the gathering
-            pass
-        if problem := world.broadcast(refused[0] if refused else None):
-            raise problem
+        so_far = Progressed(key, done, continuations, consumed)
+        world.on_main(lambda: save_inflight(inflight, so_far, state_shapes(learner.parameters), tensors), tensors)
 
     coming = (
         batch for number in range(step, total) for batch in read_batches(world, settings, rows, batches[number], number)

@@ -8,6 +8,7 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
+from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer
 from pipeline.config import StreamConfig, build_method
 from pipeline.data.batching import global_batch, row_order
@@ -81,6 +82,17 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
     steps(2, 4)
     differing["trained again"] = differences(dict(stream_state(parameters)), late)
 
+    drawn = stream_state(parameters)
+
+    def full() -> None:
+        next(drawn)
+        raise UserError("the disk is full")
+
+    try:
+        refused = world.on_main(full, drawn)
+    except UserError as error:
+        refused = str(error)
+    differing["state after a refused one"] = differences(dict(stream_state(parameters)), late)
     write_weights(parameters, Whole(other))
     differing["written working weights"] = differences(working(parameters), cast(other, dtype))
     differing["master copy after writing weights"] = differences(dict(stream_state(parameters)), late)
@@ -102,6 +114,7 @@ def round_trips(world: World, case: dict[str, Any], folder: Path) -> dict[str, A
     learner.engine.destroy()
     return {
         "differing": differing,
+        "refused": refused,
         "tensors": len(parameters),
         "unmoved": differences(part(late, "value"), part(early, "value"), equal=True),
         "adam_steps": counts,

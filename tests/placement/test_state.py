@@ -17,6 +17,7 @@ CHECKS = {
     "restored working weights",
     "Adam's step after restoring",
     "trained again",
+    "state after a refused one",
     "written working weights",
     "master copy after writing weights",
     "restored into a new engine",
@@ -43,6 +44,12 @@ def test_what_goes_into_an_engine_comes_out_and_trains_on_to_the_bit(notes):
         assert note["tensors"] == TENSORS
         assert note["differing"].keys() == CHECKS
         assert {check: names for check, names in note["differing"].items() if names} == {}
+
+
+@every_world
+@every_setting
+def test_what_the_disk_refuses_of_rank_0_in_the_midst_of_gathering_is_raised_on_every_rank(notes):
+    assert [note["refused"] for note in notes] == ["the disk is full"] * len(notes)
 
 
 @every_world

@@ -27,7 +27,7 @@ class OneRank:
     def broadcast(self, value):
         return value
 
-    def on_main(self, work):
+    def on_main(self, work, gathered=()):
         return work()
 
     def barrier(self):
