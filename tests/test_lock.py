@@ -71,6 +71,7 @@ def test_a_container_of_this_machine_is_no_other_machine(tmp_path):
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     left_by(tmp_path, host="a-container-that-is-gone", machine=boot_id)
     WorkLock(tmp_path).acquire().release()
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_what_another_machine_left_is_refused_until_the_user_says_its_job_is_gone(tmp_path):
@@ -93,6 +94,7 @@ def test_a_lock_is_let_go_when_the_job_fails(tmp_path):
 def test_a_torn_lock_file_stops_nobody(tmp_path, content):
     (tmp_path / LOCK).write_bytes(content)
     WorkLock(tmp_path).acquire().release()
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_file_that_its_holder_took_along_is_not_mistaken_for_the_lock(tmp_path, monkeypatch):
