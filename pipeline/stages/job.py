@@ -1,6 +1,7 @@
 """What the stages of a job share: configuration, world, model, bank, tracker. Built once, handed to every stage."""
 
 import gc
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,17 @@ from pipeline.startup import StartClock
 from pipeline.tensor_files import TensorFile
 
 
+_ALL_IN = 50  # blocks
+_blocks = itertools.count(1)
+
+
 @contextmanager
 def leaving_no_garbage() -> Iterator[None]:
     """Collect what a block leaves behind in cycles of objects, walking only what the block made.
 
     Pictures and logged runs are such cycles. Left to itself, the collector would look at old objects after a quarter
-    more have come, and those of torch and DeepSpeed are so many that garbage of dozens of increments piles up.
+    more have come, and those of torch and DeepSpeed are so many that garbage of dozens of increments piles up. What
+    another thread drops between two blocks passes for old: every 50th block all objects are walked.
     """
     gc.freeze()
     try:
@@ -33,6 +39,8 @@ def leaving_no_garbage() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+        if next(_blocks) % _ALL_IN == 0:
+            gc.collect()
         return_freed_memory()
 
 

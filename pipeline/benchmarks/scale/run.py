@@ -61,9 +61,10 @@ def run_scale(options: ScaleOptions, out: Path, say: Callable[[str], None] = pri
     started, shown = time.monotonic(), time.monotonic()
 
     def write() -> None:
-        report.update(summarise(options, samples), load_average_after=load_average(), increments=samples)
-        write_atomic(out, (json.dumps(report, indent=1) + "\n").encode())
-        draw(report, out.with_suffix(".png"))
+        with leaving_no_garbage():  # a picture is some MB of objects in cycles, and none of the product's
+            report.update(summarise(options, samples), load_average_after=load_average(), increments=samples)
+            write_atomic(out, (json.dumps(report, indent=1) + "\n").encode())
+            draw(report, out.with_suffix(".png"))
 
     folder = Path(options.work_dir or tempfile.mkdtemp(prefix="scale-"))
     try:
@@ -100,8 +101,10 @@ def increments(options: ScaleOptions, folder: Path) -> Iterator[Sample]:
         job.config = job.config.model_copy(update={"tasks": tuple(tasks)})
         with quiet():
             begin = time.perf_counter()
-            validated = validate(path, job.config, job.tokenizer, history)
-            task: PreparedTask = prepare(validated, job.tokenizer)
+            with leaving_no_garbage():
+                validated = validate(path, job.config, job.tokenizer, history)
+                task: PreparedTask = prepare(validated, job.tokenizer)
+                del validated
             prepared[task.task] = task
             ready = time.perf_counter()
             with leaving_no_garbage():
