@@ -155,7 +155,7 @@ class S3Objects:
         self.uri = uri
         with _refusals(uri):
             try:
-                self._fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, skip_instance_cache=True)
+                self._fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
             except ImportError as error:
                 raise UserError(f"{uri}: {told(error)}; pip install 'perennial[s3]' brings what s3:// needs") from error
         self._bucket, _, self._prefix = path.partition("/")

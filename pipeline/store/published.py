@@ -100,11 +100,11 @@ class Store:
             pointer = Pointer(champion, raw["sweeps"], raw.get("sweeping"))
             same = pointer.to_bytes() == data
         except ValidationError as error:
-            raise UserError(f"{where}: not a valid pointer ({describe(error)}); restore it from a backup") from error
+            raise UserError(f"{where}: not a valid pointer ({describe(error)}); {REPAIR}") from error
         except (ValueError, TypeError, KeyError, RecursionError):
             same = False
         if not same:
-            raise UserError(f"{where}: not in the form it was written in; restore it from a backup")
+            raise UserError(f"{where}: not in the form it was written in; {REPAIR}")
         return pointer
 
     def manifest(self, sha: str) -> Entry:

@@ -16,8 +16,8 @@ from pathlib import Path
 from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
 from pipeline.files import atomic_file, canonical_json, write_atomic, writing
-from pipeline.store.published import MARKER, Store, Upload, objects_of, open_store
-from pipeline.tracking.chain import INCREMENTS, load_chain, publish, read_champion
+from pipeline.store.published import MARKER, REPAIR, Pointer, Store, Upload, objects_of, open_store
+from pipeline.tracking.chain import CHAMPION, INCREMENTS, Champion, fold, load_chain, publish, read_champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import RUN, Entry
 from pipeline.tracking.withdrawal import remove_withdrawn, withdrawn_names
@@ -75,6 +75,7 @@ def bring_into_step(work_dir: Path, store: Store) -> list[str]:
         known = {entry.sha256: entry.increment for entry in chain}
         missing, common = store.after(known)
         if missing and common == (ours.head if ours else None):
+            _check_champion(store, pointer, fold([*missing, *chain]))
             fetch(work_dir, store, missing, chain)
             said.append(f"{store.uri}: took over {_numbers(missing)}")
         elif not missing:
@@ -87,15 +88,17 @@ def bring_into_step(work_dir: Path, store: Store) -> list[str]:
                 f"({ours.head[:12]}) is the newest, there increment {missing[0].increment} ({pointer.head[:12]}); go "
                 "on in an empty work_dir, which is filled from the store, or name another store"
             )
-        ours = read_champion(work_dir)
-    if store.pointer().champion != ours:
-        raise UserError(
-            f"{store.uri}/champion.json: does not say what the chain says that it leads to; restore it from a backup"
-        )
+    else:
+        _check_champion(store, pointer, ours)
     if store_of(work_dir) != store.uri:
         with writing(work_dir):
             write_atomic(work_dir / MARKER, canonical_json({"uri": store.uri}).encode())
     return said
+
+
+def _check_champion(store: Store, pointer: Pointer, expected: Champion | None) -> None:
+    if pointer.champion != expected:
+        raise UserError(f"{store.uri}/{CHAMPION}: was altered, its chain leads to another champion; {REPAIR}")
 
 
 def fetch(work_dir: Path, store: Store, missing: list[Entry], chain: list[Entry]) -> None:

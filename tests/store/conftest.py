@@ -35,7 +35,7 @@ def s3(s3_server, monkeypatch):
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     import s3fs
 
-    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    return s3fs.S3FileSystem(use_listings_cache=False)  # the one that stores below s3:// use too
 
 
 @pytest.fixture
