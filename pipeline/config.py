@@ -167,6 +167,11 @@ class StreamConfig(Section):
     deepspeed: str = "deepspeed_configs/zero3.json"
     seed: int = Field(17, ge=0, lt=2**31)
 
+    @field_validator("data_roots")
+    @classmethod
+    def _roots_without_credentials(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(without_credentials, roots))
+
     @field_validator("tasks")
     @classmethod
     def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:

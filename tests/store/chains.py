@@ -58,10 +58,10 @@ def objects_in(uri):
     return {name: objects.read(name)[0] for name in names}
 
 
-def same_work(work_dir, by_hand):
+def same_work(work_dir):
     """{name: bytes} of what a work_dir has published."""
-    files = by_hand.files_of(work_dir)
-    return {name: data for name, data in files.items() if name.startswith(("bank/", "increments/", "champion"))}
+    files = [path for name in ("bank", "increments") for path in (work_dir / name).rglob("*") if path.is_file()]
+    return {path.relative_to(work_dir).as_posix(): path.read_bytes() for path in [*files, work_dir / "champion.json"]}
 
 
 def wrong(work_dir, uri):

@@ -73,7 +73,7 @@ def kill_at(steps, place, by_hand, tmp_path, **counted):
     publishing = lambda work_dir, uri: lambda: learn(work_dir, by_hand, "tweets", open_store(uri))  # noqa: E731
     total = killed_before(10**9, publishing(whole, f"{place}/whole"), **counted)
     shutil.rmtree(whole / "inflight")
-    expected, expected_objects = same_work(whole, by_hand), objects_in(f"{place}/whole")
+    expected, expected_objects = same_work(whole), objects_in(f"{place}/whole")
     assert wrong(whole, f"{place}/whole") == {}
     outcomes = []
     for step in steps(total):
@@ -81,7 +81,7 @@ def kill_at(steps, place, by_hand, tmp_path, **counted):
         open_in_step(work_dir, uri)
         assert killed_before(step, publishing(work_dir, uri), **counted) is None
         outcomes.append(goes_on(work_dir, uri, by_hand))
-        assert same_work(work_dir, by_hand) == expected and objects_in(uri) == expected_objects
+        assert same_work(work_dir) == expected and objects_in(uri) == expected_objects
     return outcomes
 
 

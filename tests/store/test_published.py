@@ -45,7 +45,7 @@ def test_a_published_chain_stands_in_the_store_under_its_digests_and_fills_an_em
     second.mkdir()
     assert open_in_step(second, uri) == [f"{uri}: took over increments 1 to 3"]
     assert open_in_step(second, uri) == open_in_step(first, uri) == []
-    assert same_work(first, by_hand) == same_work(second, by_hand)
+    assert same_work(first) == same_work(second)
     assert wrong(second, uri) == {}
     assert json.loads((second / "store.json").read_text()) == {"uri": uri}
     with pytest.raises(UserError, match=f"publishes into {uri} and the stream names no store; set store.uri"):
@@ -221,9 +221,9 @@ def test_restore_retire_and_gc_hold_for_the_store_and_for_every_work_dir(by_hand
     }
     assert f"removed {uri}/{sorted(own)[0]}" in capsys.readouterr().out
     assert run(there, "sync") == 0
-    assert same_work(here, by_hand) == same_work(there, by_hand)  # what was withdrawn is gone there too
+    assert same_work(here) == same_work(there)  # what was withdrawn is gone there too
     empty = tmp_path / "empty"
-    assert run(empty, "sync", uri) == 0 and same_work(empty, by_hand) == same_work(here, by_hand)
+    assert run(empty, "sync", uri) == 0 and same_work(empty) == same_work(here)
     for work_dir in (here, there, empty):
         assert wrong(work_dir, uri) == {}
 
