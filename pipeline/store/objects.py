@@ -158,6 +158,7 @@ class S3Objects:
                 self._fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
             except ImportError as error:
                 raise UserError(f"{uri}: {told(error)}; pip install 'perennial[s3]' brings what s3:// needs") from error
+        self._fs.retries = 2  # of s3fs, each of which botocore repeats by itself: a server that hangs is given up
         self._bucket, _, self._prefix = path.partition("/")
         if not self._bucket:
             raise UserError(f"store.uri {uri}: names no bucket; write s3://bucket/prefix")

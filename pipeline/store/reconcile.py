@@ -49,7 +49,7 @@ def open_in_step(work_dir: Path, uri: str | None) -> list[str]:
                 f"{work_dir / MARKER} to go on without it"
             )
         return []
-    store = open_store(uri)
+    store = _named(work_dir, uri)
     store.check_conditions()
     store.refuse_sweeping(store.pointer())
     return bring_into_step(work_dir, store)
@@ -62,8 +62,15 @@ def open_bound(work_dir: Path, uri: str | None = None) -> tuple[Store | None, li
     uri = uri or store_of(work_dir)
     if uri is None:
         return None, []
-    store = open_store(uri)
+    store = _named(work_dir, uri)
     return store, bring_into_step(work_dir, store)
+
+
+def _named(work_dir: Path, uri: str) -> Store:
+    store = open_store(uri)
+    if Path(store.uri).is_relative_to(work_dir):
+        raise UserError(f"store.uri {uri}: lies in the work_dir {work_dir}; name a folder of its own")
+    return store
 
 
 def bring_into_step(work_dir: Path, store: Store) -> list[str]:

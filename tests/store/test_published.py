@@ -91,8 +91,7 @@ def writer(work_dir, uri, by_hand, task, ready, said):
         said.put((task, str(error)))
 
 
-@pytest.mark.parametrize("rounds", [1])
-def test_of_two_writers_after_one_head_one_is_refused_and_goes_on_from_there(by_hand, tmp_path, uri, rounds):
+def test_of_two_writers_after_one_head_one_is_refused_and_goes_on_from_there(by_hand, tmp_path, uri):
     context = multiprocessing.get_context("fork")
     learn(tmp_path / "start", by_hand, "reviews", open_store(uri))
     work_dirs = {task: shutil.copytree(tmp_path / "start", tmp_path / task) for task in ("tweets", "mails")}
@@ -148,7 +147,11 @@ def test_work_dirs_that_have_gone_on_apart_are_refused(by_hand, tmp_path, uri):
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("what", ["bank/", "row.json", "manifest.json", "champion.json"])
+@pytest.mark.parametrize(
+    ("uri", "what"),
+    [("s3", "bank/"), *(("folder", what) for what in ("bank/", "row.json", "manifest.json", "champion.json"))],
+    indirect=["uri"],
+)
 def test_a_flipped_byte_is_refused_when_fetched_and_named_by_the_audit(by_hand, tmp_path, uri, what, capsys):
     work_dir = tmp_path / "work"
     learn(work_dir, by_hand, "reviews", open_store(uri))
@@ -186,6 +189,13 @@ def test_an_object_that_stands_there_already_is_compared_and_not_believed(by_han
     shutil.rmtree(work_dir / "inflight")
     learn(work_dir, by_hand, "reviews", open_store(uri))
     assert wrong(work_dir, uri) == {}
+
+
+def test_a_store_inside_its_work_dir_is_refused(tmp_path):
+    for uri in (tmp_path, tmp_path / "store", f"file://{tmp_path}"):
+        with pytest.raises(UserError, match="lies in the work_dir"):
+            open_in_step(tmp_path, str(uri))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_forgets_conditions_is_refused_before_anything_is_learned(s3, tmp_path):
