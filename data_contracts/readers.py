@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from data_contracts.checks import column_of, mark, no_reasons
 from data_contracts.errors import UserError
+from data_contracts.remote import remote_errors, told
 from pipeline.files import sha256_bytes
 
 # Rows read, checked and written at a time.
@@ -41,13 +42,20 @@ class Records:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """A local file or an fsspec URI, for reading bytes. Raises UserError naming the file if it cannot be opened."""
+    """A local file or an fsspec URI, for reading bytes. Raises UserError naming the file if it cannot be opened, or a
+    remote one cannot be read to its end.
+    """
     try:
         file = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror or error}); check the file and its access") from None
+    except remote_errors() as error:
+        raise UserError(f"{path} cannot be opened ({told(error)}); check the file and its access") from None
     with file:
-        yield file
+        try:
+            yield file
+        except remote_errors() as error:
+            if "://" not in path:
+                raise
+            raise UserError(f"{path} cannot be read ({told(error)}); check the network, then run again") from None
 
 
 def read_records(path: str, file_format: str, roles: dict[str, Role]) -> Records:

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 
 from data_contracts.errors import UserError
+from data_contracts.remote import refuse_credentials, remote_errors, told
 
 _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_PATTERN, _MAX_DEPTH = 1024, 100
@@ -57,6 +58,7 @@ def source_name(path: str, roots: list[str | Path]) -> str:
 
 
 def _refuse_tricks(pattern: str) -> None:
+    refuse_credentials(pattern, "a contract's source")
     if len(pattern) > _MAX_PATTERN or pattern.count("/") > _MAX_DEPTH:
         raise UserError(
             f"{pattern[:40]!r}... has over {_MAX_PATTERN} characters or {_MAX_DEPTH} folders; give it a shorter name"
@@ -87,8 +89,8 @@ def _remote_files(pattern: str, root: str) -> list[str]:
             names = file_system.glob(path)
         else:
             names = [path] if file_system.isfile(path) else []
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"{pattern!r} cannot be listed ({error}); check the URI and its access") from None
+    except (*remote_errors(), ImportError, ValueError) as error:
+        raise UserError(f"{pattern!r} cannot be listed ({told(error)}); check the URI and its access") from None
     found = sorted(file_system.unstrip_protocol(name) for name in names if file_system.isfile(name))
     prefix = _uri_prefix(root)
     for uri in found:

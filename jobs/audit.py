@@ -1,6 +1,7 @@
-"""Re-verify everything a work_dir has published: chain, files, bank, champion and MLflow. Names what differs.
+"""Re-verify everything a work_dir has published: chain, files, bank, champion, MLflow and, where it publishes into one,
+its store. Names what differs.
 
-    python jobs/audit.py --work-dir W [--tracking-uri U]
+    python jobs/audit.py --work-dir W [--tracking-uri U] [--store-sizes]
 
 Exit 0 when all agrees, 1 when something differs or MLflow was not told all of it yet, 2 when nothing is there.
 """
@@ -16,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import UserError
+from pipeline.store.published import open_store
+from pipeline.store.reconcile import store_of
 from pipeline.tracking.audit import audit, read_links
 from pipeline.tracking.audit_mlflow import unreachable
 from pipeline.tracking.finding import Finding
@@ -27,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Re-verify everything a work_dir has published.")
     parser.add_argument("--work-dir", required=True, type=Path, help="the stream's work_dir")
     parser.add_argument("--tracking-uri", help="MLflow's address; default: the database in the work_dir")
+    parser.add_argument("--store-sizes", action="store_true", help="compare the sizes of the store's objects alone")
     options = parser.parse_args(arguments)
     try:
-        findings = collect(options.work_dir, options.tracking_uri)
+        findings = collect(options.work_dir, options.tracking_uri, not options.store_sizes)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -37,14 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def collect(work_dir: Path, tracking_uri: str | None) -> list[Finding]:
-    """All findings; that MLflow cannot be opened is one of them."""
+def collect(work_dir: Path, tracking_uri: str | None, contents: bool = True) -> list[Finding]:
+    """All findings; that MLflow or the store cannot be opened is one of them."""
+    store, unopened = None, []
+    try:
+        store = open_store(uri) if (uri := store_of(work_dir)) else None
+    except UserError as error:
+        unopened = [Finding("store", False, str(error))]
     manifests = [link.manifest for link in read_links(work_dir) if link.manifest]
     try:
         registry = open_registry(work_dir, manifests, tracking_uri)
     except Exception as error:  # what is on disk is audited whatever becomes of MLflow
-        return [*audit(work_dir), unreachable(error)]
-    return audit(work_dir, registry)
+        return [*audit(work_dir, None, store, contents), *unopened, unreachable(error)]
+    return [*audit(work_dir, registry, store, contents), *unopened]
 
 
 def show(findings: list[Finding]) -> None:

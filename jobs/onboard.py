@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="check contracts and their data, print the verdict")
     check.add_argument("contracts", nargs="+", metavar="CONTRACT")
     check.add_argument("--root", action="append", metavar="DIR", help=root_help)
-    check.add_argument("--backbone", metavar="DIR", help="model folder whose tokenizer counts the tokens")
+    check.add_argument("--backbone", metavar="DIR", help="model folder, or its URI, whose tokenizer counts the tokens")
 
     draft = commands.add_parser("draft", help="draft a contract from a data file")
     draft.add_argument("--data", required=True, metavar="F", help="CSV, JSON-lines or parquet file")
@@ -72,6 +72,9 @@ def _check(contracts: list[str], roots: list[str], backbone: str | None) -> int:
 def _tokenizer(backbone: str):
     from transformers import AutoTokenizer  # slow to import, and needed for token counts only
 
+    from pipeline.backbones.fetch import local_backbone
+
+    backbone = local_backbone(backbone)
     if not Path(backbone).is_dir():
         raise UserError(f"the backbone {backbone} is not a folder; name the model's folder")
     try:

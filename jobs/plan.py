@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; defaults are those of the stream and of DeepSpeed."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("--backbone", required=True, metavar="B", help="preset, model folder or config.json")
+    add("--backbone", required=True, metavar="B", help="preset, model folder or config.json, here or behind a URI")
     add("--nodes", type=int, default=PLACEMENT.nodes, metavar="N")
     add("--gpus-per-node", type=int, default=PLACEMENT.devices_per_node, metavar="G")
     add("--zero-stage", type=int, default=PLACEMENT.zero_stage, help="2 or 3")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_contracts.errors import UserError
 from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
-from pipeline.config import StreamConfig, build_method
+from pipeline.config import StoreConfig, StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
 from pipeline.evaluation.text_states import check_router
@@ -35,6 +35,7 @@ from pipeline.stages.route import learn_router, with_router
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
 from pipeline.startup import StartClock
+from pipeline.store.reconcile import open_in_step
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
@@ -76,7 +77,7 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
     check_world(config, world)
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
     work_dir = config.work_path()
-    history = world.on_main(lambda: open_work_dir(work_dir, lock))
+    history = world.on_main(lambda: open_work_dir(work_dir, lock, config.store))
     if world.is_main:
         stop.marker = lambda message: mark(work_dir, STOPPED, {"message": message})
     backbone = world.on_main(lambda: backbone_record(config))
@@ -273,8 +274,10 @@ def prepare_only(config: StreamConfig, stages: Sequence[str], break_lock: bool =
     return EXIT_DONE
 
 
-def open_work_dir(work_dir: Path, lock: Callable[[], Any] = lambda: None) -> History:
-    """Make the work_dir usable, ours alone, and read its chain. Raises UserError where it cannot be written or read."""
+def open_work_dir(work_dir: Path, lock: Callable[[], Any] = lambda: None, store: StoreConfig | None = None) -> History:
+    """Make the work_dir usable, ours alone and in step with its store, and read its chain. Raises UserError where it
+    cannot be written or read.
+    """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         lock()
@@ -283,6 +286,8 @@ def open_work_dir(work_dir: Path, lock: Callable[[], Any] = lambda: None) -> His
     except OSError as error:
         raise UserError(f"work_dir {work_dir}: cannot be written ({error.strerror}); choose another") from error
     clean_left_overs(work_dir)
+    for line in open_in_step(work_dir, store.uri if store else None):
+        print(line, flush=True)
     return History.of(load_chain(work_dir))
 
 

@@ -17,6 +17,7 @@ from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic, writing
+from pipeline.store.published import Store, reached_objects
 from pipeline.tracking.chain import (
     INCREMENTS,
     clean_left_overs,
@@ -28,6 +29,7 @@ from pipeline.tracking.chain import (
 )
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import ROUTER, RUN, Change, Entry, Manifest
+from pipeline.tracking.withdrawal import remove_withdrawn, withdrawn_names, withdrawn_paths
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Changed:
     removed: list[str]  # below the work_dir
 
 
-def restore(work_dir: Path, number: int) -> Changed:
+def restore(work_dir: Path, number: int, store: Store | None = None) -> Changed:
     """Make the champion again what it was after entry `number`: bundles, method state and router.
 
     Tasks retired since stay withdrawn. Raises UserError where that entry was rejected, changes nothing, or was served
@@ -70,11 +72,11 @@ def restore(work_dir: Path, number: int) -> Changed:
     ]
     if gone := [task for task in history.bundles if task not in after.bundles]:
         notes.append(f"not served any more: {', '.join(gone)}; a stream that names them learns them again")
-    _publish(work_dir, change)
+    _publish(work_dir, change, store)
     return Changed(change, notes, [])
 
 
-def retire(work_dir: Path, task: str) -> Changed:
+def retire(work_dir: Path, task: str, store: Store | None = None) -> Changed:
     """Withdraw a task: its bundle and state leave the champion, and what its increments put into the bank, every router
     that has seen its rows, its predictions, quarantine and prepared shards are removed.
 
@@ -90,9 +92,8 @@ def retire(work_dir: Path, task: str) -> Changed:
         raise UserError(f"task '{task}' was never learned in {work_dir}; there are: {known}")
     if max(manifest.increment for manifest in ours) < history.retired.get(task, 0):
         change = next(c for c in reversed(history.changes) if c.task == task)
-        return Changed(
-            change, ["was retired before; what was left of it is removed"], remove_withdrawn(work_dir, chain)
-        )
+        removed = _remove_withdrawn(work_dir, chain, store)
+        return Changed(change, ["was retired before; what was left of it is removed"], removed)
     others = {sha for manifest in increments if manifest.task != task for sha in own_digests(manifest)}
     routers = routers_of(work_dir, increments, task) - history.withdrawn.keys()
     made = ({sha for manifest in ours for sha in own_digests(manifest)} - others - history.withdrawn.keys()) | routers
@@ -130,35 +131,42 @@ def retire(work_dir: Path, task: str) -> Changed:
         )
     if routers and any(ROUTER in names for names in history.state.values()):
         notes.append("the router has seen its rows and is withdrawn too; the next increment learns one anew")
-    _publish(work_dir, change)
-    return Changed(change, notes, remove_withdrawn(work_dir, [change, *chain]))
+    _publish(work_dir, change, store)
+    return Changed(change, notes, _remove_withdrawn(work_dir, [change, *chain], store))
 
 
-def collect_garbage(work_dir: Path, delete: bool) -> list[str]:
+def collect_garbage(work_dir: Path, delete: bool, store: Store | None = None, take_over: bool = False) -> list[str]:
     """Names below the work_dir of what no manifest of the chain reaches, removed if `delete`: bank files, half-written
-    files, left-overs of a killed publish, and whatever of withdrawn tasks is still there.
+    files, left-overs of a killed publish, and whatever of withdrawn tasks is still there. With a `store`, in step with
+    the work_dir, the same of its objects; `take_over` goes on where a job was killed that removed some.
     """
     chain = opened(work_dir, clean=False)
     reached = {sha for entry in chain for sha in digests_of(entry)} - History.of(chain).withdrawn.keys()
     bank = Bank(work_dir / "bank")
     found = {bank.path(sha) for sha in bank.digests() if sha not in reached}
     found |= {*left_overs(work_dir), *(work_dir / "inflight").glob("publish-*"), *withdrawn_paths(work_dir, chain)}
-    return remove_paths(work_dir, found) if delete else sorted(p.relative_to(work_dir).as_posix() for p in found)
+    names = remove_paths(work_dir, found) if delete else sorted(p.relative_to(work_dir).as_posix() for p in found)
+    if store is not None:
+        kept = reached_objects(work_dir, chain, withdrawn_names(History.of(chain))).keys()
+        stray = lambda: sorted(store.names().keys() - kept)  # noqa: E731
+        gone = store.sweep(chain[0].sha256, stray, take_over) if delete else stray()
+        names += [f"{store.uri}/{name}" for name in gone]
+    return names
 
 
-def withdrawn_paths(work_dir: Path, chain: list[Entry]) -> list[Path]:
-    """What retired tasks withdrew and is still there."""
-    bank, history = Bank(work_dir / "bank"), History.of(chain)
-    paths = [bank.path(sha) for sha in history.withdrawn]
-    for change in history.changes:
-        paths += [work_dir / INCREMENTS / name for name in change.withdrawn_files]
-        paths += [work_dir / name for name in change.withdrawn_data]
-    return [path for path in paths if path.exists()]
-
-
-def remove_withdrawn(work_dir: Path, chain: list[Entry]) -> list[str]:
-    """Remove `withdrawn_paths`; returns their names."""
-    return remove_paths(work_dir, withdrawn_paths(work_dir, chain))
+def _remove_withdrawn(work_dir: Path, chain: list[Entry], store: Store | None) -> list[str]:
+    """Remove what retired tasks withdrew, here and in the store; returns the names."""
+    names = remove_withdrawn(work_dir, chain)
+    if store is not None:
+        history = History.of(chain)
+        entries = {entry.folder: f"{INCREMENTS}/{entry.sha256}" for entry in chain}
+        withdrawn = {f"bank/{sha}.safetensors" for sha in history.withdrawn}
+        for name in withdrawn_names(history) - history.withdrawn.keys():
+            folder, _, file = name.partition("/")
+            withdrawn.add(f"{entries[folder]}/{file}")
+        there = lambda: [name for name in withdrawn if store.objects.size(name) is not None]  # noqa: E731
+        names += [f"{store.uri}/{name}" for name in store.sweep(chain[0].sha256, there)]
+    return names
 
 
 def opened(work_dir: Path, clean: bool = True) -> list[Entry]:
@@ -184,7 +192,7 @@ def routers_of(work_dir: Path, increments: list[Manifest], task: str) -> set[str
     return {sha for sha in routers if bank.has(sha) and task in bank.metadata(sha).get("tasks", [])}
 
 
-def _publish(work_dir: Path, change: Change) -> None:
+def _publish(work_dir: Path, change: Change, store: Store | None) -> None:
     """Put a change into the chain. The in-flight state goes: it belongs to an increment after another head."""
     staged = work_dir / "inflight" / f"publish-{change.increment}"
     record = {
@@ -196,7 +204,7 @@ def _publish(work_dir: Path, change: Change) -> None:
     with writing(work_dir):
         shutil.rmtree(work_dir / "inflight", ignore_errors=True)
         write_atomic(staged / RUN, canonical_json(record).encode())
-        publish(work_dir, staged, change)
+        publish(work_dir, staged, change, store)
         shutil.rmtree(work_dir / "inflight", ignore_errors=True)
 
 

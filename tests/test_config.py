@@ -13,6 +13,7 @@ from data_contracts.errors import UserError
 from pipeline.config import (
     ReviewConfig,
     RouterConfig,
+    StoreConfig,
     StreamConfig,
     build_method,
     load_stream,
@@ -37,6 +38,7 @@ OPTIONS = """
     training.max_loss_factor training.save_every training.activation_checkpointing
     evaluation.batch_tokens evaluation.baselines evaluation.earlier_tasks evaluation.review
     router
+    store
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
     watch.limit_seconds watch.grace_seconds
@@ -44,6 +46,7 @@ OPTIONS = """
 """
 OPTIONAL_OPTIONS = {  # of sections that may be null
     ReviewConfig: "target_precision",
+    StoreConfig: "uri",
     RouterConfig: "layers features regularisation max_tokens rows seed",
 }
 LORA = "lora.rank lora.alpha lora.dropout lora.targets"

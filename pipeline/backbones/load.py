@@ -1,4 +1,4 @@
-"""A backbone folder: its configuration, its stock model without weights, its tokenizer, and its digest."""
+"""A backbone, a folder or behind a URI: configuration, stock model without weights, tokenizer, and digest."""
 
 import functools
 from pathlib import Path
@@ -18,13 +18,15 @@ from transformers import (
 from data_contracts.errors import UserError
 from pipeline.backbones import attention
 from pipeline.backbones.families import Family, family_of
+from pipeline.backbones.fetch import SUFFIXES, local_backbone
 from pipeline.config import BackboneConfig
 from pipeline.files import canonical_json, sha256_file, sha256_text
 
 
 def load_config(config: BackboneConfig) -> PreTrainedConfig:
     """The backbone's configuration, read before any weight. Raises UserError naming the folder and what is missing."""
-    folder = Path(config.path)
+    path = local_backbone(config.path)
+    folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"backbone.path '{config.path}' is not a folder with a config.json; "
@@ -42,7 +44,7 @@ def load_config(config: BackboneConfig) -> PreTrainedConfig:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({_one_line(error)}); fetch the backbone again") from error
     try:
-        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise UserError(
             f"backbone.path '{config.path}': transformers cannot read its config.json ({_one_line(error)})"
@@ -51,8 +53,9 @@ def load_config(config: BackboneConfig) -> PreTrainedConfig:
 
 def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
     """The backbone's fast tokenizer. Raises UserError where there is none or it names no end-of-sequence token."""
+    path = local_backbone(config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
             f"backbone.path '{config.path}': transformers cannot read its tokenizer ({_one_line(error)})"
@@ -87,13 +90,10 @@ def skeleton(config: BackboneConfig) -> tuple[PreTrainedModel, Family]:
 
 @functools.lru_cache(maxsize=4)
 def backbone_digest(path: str) -> str:
-    """sha256 over the names and bytes of the folder's safetensors, configuration and tokenizer files."""
-    names = sorted(
-        file.name
-        for file in Path(path).iterdir()
-        if file.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"}
-    )
-    return sha256_text(canonical_json({name: sha256_file(Path(path) / name) for name in names}))
+    """sha256 over the names and bytes of the safetensors, configuration and tokenizer files of a folder or URI."""
+    folder = Path(local_backbone(path))
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
+    return sha256_text(canonical_json({name: sha256_file(folder / name) for name in names}))
 
 
 def _one_line(error: Exception) -> str:

@@ -69,6 +69,21 @@ class Bank:
             self._keep(temporary, sha)
         return sha
 
+    def take(self, sha: str, blocks: Iterable[bytes]) -> None:
+        """Store a bank file that comes from elsewhere, a block at a time; nothing where it is there already.
+
+        Raises UserError where the blocks are not what `sha` names, and whatever drawing them raises.
+        """
+        if self.path(sha).exists():
+            self.verify(sha)
+            return
+        with self._temporary() as temporary:
+            with open(temporary, "wb") as file:
+                file.writelines(blocks)
+                file.flush()
+                os.fsync(file.fileno())
+            self._keep(temporary, sha)
+
     def open(self, sha: str) -> TensorFile:
         """The file of `sha` for reading by slices; `verify` it first, since its bytes are not hashed here."""
         return TensorFile(self.path(sha))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import UserError
+from pipeline.backbones.fetch import read_config_text
 
 PRESETS = Path(__file__).parent / "presets"
 KINDS = ("embeddings", "attention", "norms", "dense_ffn", "router", "always_on", "routed_experts")
@@ -207,12 +208,15 @@ class Architecture:
 
 
 def load_architecture(backbone: str) -> Architecture:
-    """The architecture of a preset's name, a model folder or a config.json. Raises UserError naming what there is."""
+    """The architecture of a preset's name, a model folder or a config.json, here or behind a URI. Raises
+    UserError naming what there is.
+    """
     presets = sorted(path.stem for path in PRESETS.glob("*.json"))
     path = PRESETS / f"{backbone}.json" if backbone in presets else Path(backbone)
     path = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = read_config_text(backbone) if "://" in backbone else path.read_text(encoding="utf-8")
+        config = json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--backbone {backbone} is neither a readable config.json, nor a folder with one, "

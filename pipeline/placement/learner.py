@@ -19,6 +19,7 @@ from data_contracts.errors import UserError
 from pipeline.backbones.answer_model import AnswerModel
 from pipeline.backbones.checkpoint import Checkpoint
 from pipeline.backbones.families import PROJECTIONS, family_of
+from pipeline.backbones.fetch import local_backbone
 from pipeline.backbones.load import load_config, skeleton
 from pipeline.config import StreamConfig
 from pipeline.experts.attach import Components, ExpertPlan, Experts, attach_experts, components_of, pairs_of
@@ -199,7 +200,7 @@ def build_learner(
     components = components_of(experts)
     if config.training.activation_checkpointing:
         checkpoint_activations(backbone, family)
-    checkpoint = Checkpoint(config.backbone.path, family, backbone.config)
+    checkpoint = Checkpoint(local_backbone(config.backbone.path), family, backbone.config)
     dtype = getattr(torch, config.backbone.dtype)
     materialise(parameters, buffers, checkpoint, world.device, dtype, settings if stage == 3 else None)
     model = AnswerModel(backbone)

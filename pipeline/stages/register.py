@@ -19,6 +19,7 @@ from pipeline.stages.evaluate import Evaluated
 from pipeline.stages.gate import Verdict
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
+from pipeline.store.published import open_store
 from pipeline.tracking.chain import publish
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
@@ -91,7 +92,7 @@ def register(
     )
     write_atomic(staged / "run.json", canonical_json(run_record(job, trained, context)).encode())
     with job.timed("publish"):
-        publish(job.work_dir, staged, manifest)
+        publish(job.work_dir, staged, manifest, open_store(job.config.store.uri) if job.config.store else None)
     return manifest
 
 

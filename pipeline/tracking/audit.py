@@ -11,8 +11,10 @@ from pathlib import Path
 from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
 from pipeline.files import sha256_bytes
+from pipeline.store.published import Store
 from pipeline.tracking import chain
 from pipeline.tracking.audit_mlflow import mlflow_findings
+from pipeline.tracking.audit_store import store_findings
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, Entry, parse_manifest
@@ -36,9 +38,11 @@ class Link:
         return f"{chain.INCREMENTS}/{self.folder.name}"
 
 
-def audit(work_dir: Path | str, registry: Registry | None = None) -> list[Finding]:
-    """Check everything a work_dir has published, what MLflow was not told yet and, when a registry is given, MLflow's
-    account of the rest.
+def audit(
+    work_dir: Path | str, registry: Registry | None = None, store: Store | None = None, contents: bool = True
+) -> list[Finding]:
+    """Check everything a work_dir has published, what MLflow was not told yet and, when they are given, MLflow's
+    account of the rest and the objects of the store (without `contents`, their sizes alone).
 
     Raises UserError only when nothing was ever published there (neither champion.json nor an increment).
     """
@@ -58,6 +62,8 @@ def audit(work_dir: Path | str, registry: Registry | None = None) -> list[Findin
     findings += outbox_findings(work_dir)
     if registry is not None:
         findings += mlflow_findings(registry, chained, _waiting_folders(work_dir))
+    if store is not None:
+        findings += store_findings(work_dir, chained, champion, store, contents)
     return findings
 
 

@@ -12,11 +12,11 @@ reach is what a killed publish left over.
 import os
 import re
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError
 
@@ -36,6 +36,9 @@ from pipeline.tracking.manifest import (
     TaskName,
     parse_manifest,
 )
+
+if TYPE_CHECKING:
+    from pipeline.store.published import Store
 
 CHAMPION = "champion.json"
 INCREMENTS = "increments"
@@ -170,21 +173,32 @@ def champion_differences(found: Champion, expected: Champion) -> list[str]:
     return differences
 
 
-def publish(work_dir: Path | str, staged_dir: Path | str, manifest: Entry) -> Champion:
+def publish(
+    work_dir: Path | str,
+    staged_dir: Path | str,
+    manifest: Entry,
+    store: "Store | None" = None,
+    withdrawn: Collection[str] = (),
+) -> Champion:
     """Publish an entry of the chain: a change, or an increment whose files stand in `staged_dir` and whose tensors are
     in the bank.
 
     `staged_dir` lies below <work_dir>/inflight. Everything is verified and made durable first; then the folder is
     renamed into the chain; then champion.json is replaced. A kill at any moment leaves the old champion or the new
     one, whole. Publishing the head again changes nothing. manifest.json is written here, run.json may stand beside
-    it. Raises UserError when a staged file or bank file is missing, altered or not named by the manifest, or when
-    the manifest does not follow the head, or the disk refuses to take it.
+    it. With a `store`, the entry is published there before the folder is renamed here. `withdrawn` holds bank digests
+    and names below increments/ that need not be there, since a later entry withdraws them.
+
+    Raises UserError when a staged file or bank file is missing, altered or not named by the manifest, or when the
+    manifest does not follow the head, here or in the store, or the disk or the store refuses to take it.
     """
     with writing(work_dir):
-        return _publish(Path(work_dir), Path(staged_dir), manifest)
+        return _publish(Path(work_dir), Path(staged_dir), manifest, store, withdrawn)
 
 
-def _publish(work_dir: Path, staged_dir: Path, manifest: Entry) -> Champion:
+def _publish(
+    work_dir: Path, staged_dir: Path, manifest: Entry, store: "Store | None", withdrawn: Collection[str]
+) -> Champion:
     champion = read_champion(work_dir)
     if champion is not None and champion.head == manifest.sha256:
         return champion
@@ -192,17 +206,20 @@ def _publish(work_dir: Path, staged_dir: Path, manifest: Entry) -> Champion:
     head = 0 if champion is None else _head(work_dir, folders, champion).increment
     _check_follows(work_dir, champion, head, manifest)
     bank = Bank(work_dir / "bank")
-    for sha in sorted(set(digests_of(manifest))):
+    for sha in sorted(set(digests_of(manifest)).difference(withdrawn)):
         bank.verify(sha)
     if not (staged_dir / MANIFEST).exists():
         write_atomic(staged_dir / MANIFEST, manifest.to_bytes())
-    problems = folder_problems(staged_dir, manifest)
+    gone = {name.partition("/")[2] for name in withdrawn if name.startswith(f"{manifest.folder}/")}
+    problems = folder_problems(staged_dir, manifest, gone)
     if problems:
         raise UserError(
             f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
         )
     make_durable(staged_dir)
     after = advance(champion, manifest) if isinstance(manifest, Manifest) else fold([manifest, *load_chain(work_dir)])
+    if store is not None:
+        store.publish(work_dir, staged_dir, manifest, champion, after)
 
     for folder in _left_over_folders(work_dir, champion, head, folders):
         shutil.rmtree(folder)

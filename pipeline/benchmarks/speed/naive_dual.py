@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data_contracts.errors import UserError
 from pipeline.backbones.families import PROJECTIONS, family_of
+from pipeline.backbones.fetch import local_backbone
 from pipeline.benchmarks.speed.contenders import Batches
 from pipeline.config import StreamConfig
 from pipeline.data.collate import MicroBatch
@@ -103,7 +104,7 @@ def naive_step(config: StreamConfig, batches: Batches, world: World) -> Callable
     """One optimizer step of the formula on batch k: the same micro-batches, AdamW, gradient clipping; one rank."""
     lora, settings, rows = config.method["lora"], config.training, batches.rows
     model = AutoModelForCausalLM.from_pretrained(
-        config.backbone.path,
+        local_backbone(config.backbone.path),
         dtype=getattr(torch, config.backbone.dtype),
         attn_implementation="sdpa",
         trust_remote_code=False,
