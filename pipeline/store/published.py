@@ -17,6 +17,7 @@ is taken off, with a count that makes it differ from what it was.
 import hashlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -196,6 +197,7 @@ class Store:
             self.refuse_sweeping(pointer)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "command": "removing objects"}
+        holder["token"] = secrets.token_hex(8)  # two containers may have one name and one process number
         if not self._replace(pointer, replace(pointer, sweeping=holder)):
             raise UserError(f"{self.uri}: another job has moved its pointer meanwhile; run the same command again")
         try:

@@ -6,8 +6,11 @@ import os
 import pytest
 
 from data_contracts.errors import UserError
+from data_contracts.sources import resolve_source
+from pipeline.config import override_config
 from pipeline.store import objects as module
 from pipeline.store.objects import open_objects
+from tests.helpers import stream_dict
 
 
 @pytest.fixture(params=["s3", "folder"])
@@ -90,6 +93,20 @@ def test_what_cannot_be_a_store_is_refused(s3, uri, message):
     with pytest.raises(UserError, match=message) as error:
         open_objects(uri)
     assert "word" not in str(error.value).replace("password", "")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"store": {"uri": "s3://me:word@bucket/x"}}, {"backbone": {"path": "s3://me:word@bucket/x"}},
+     {"data_roots": ["s3://me:word@bucket/x"]}],
+)  # fmt: skip
+def test_a_stream_with_a_password_in_a_uri_is_refused_without_repeating_it(tmp_path, section):
+    stream = stream_dict(tmp_path, tmp_path, tmp_path, [tmp_path / "task.yaml"], **section)
+    with pytest.raises(UserError, match=r"holds a user name or a password.*set the environment") as error:
+        override_config(stream, [], "stream.yaml")
+    assert "me:word" not in str(error.value) and next(iter(section)) in str(error.value)
+    with pytest.raises(UserError, match="a contract's source holds a user name or a password"):
+        resolve_source("s3://me:word@bucket/x.parquet", ["s3://bucket"])
 
 
 def test_a_bucket_that_is_not_there_and_a_server_that_does_not_answer_are_said(s3, bucket, monkeypatch):
