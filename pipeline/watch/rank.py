@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.hosts import launcher
 from pipeline.watch import processes
 from pipeline.watch.judge import EXIT_STOPPED
 
@@ -62,8 +63,9 @@ class WatchedRank:
         self._file = -1
         environment = os.environ
         own = processes.stat(os.getpid())
-        self.rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
-        size = int(environment.get("WORLD_SIZE") or environment.get("SLURM_NTASKS") or 1)
+        launcher.map_slurm(environment)
+        self.rank = int(environment.get("RANK") or 0)
+        size = int(environment.get("WORLD_SIZE") or 1)
         self._says = {
             "rank": self.rank,
             "world_size": size,

@@ -71,9 +71,7 @@ class Host:
 
     def run(self, *arguments: object, timeout: float = 60, **options) -> subprocess.CompletedProcess:
         """Run a command on this host to its end; what it wrote as text."""
-        with self.start(
-            *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-        ) as process:
+        with self.start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
             except BaseException:
