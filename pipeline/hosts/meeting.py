@@ -1,6 +1,9 @@
 """Who is where, and one message for all: what one host refuses ends the job on every host with the same sentence."""
 
+import os
+import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from data_contracts.errors import UserError
 from pipeline.files import storage_error
 from pipeline.hosts.launcher import several_hosts
 from pipeline.placement.distributed import World, start_world
+from pipeline.watch import rank as watch
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -79,7 +83,30 @@ def meet(world: World, error: UserError | None = None) -> Hosts:
     names = [name if [n for n, _ in places].count(name) == 1 else f"{name} ({boot[:8]})" for name, boot in places]
     hosts = Hosts(world, tuple(places.index(place[:2]) for place in found), tuple(names))
     hosts.refuse([refused for _, _, refused in found])
+    if hosts.several:
+        connect_watchdogs(hosts)
     return hosts
+
+
+def connect_watchdogs(hosts: Hosts) -> None:
+    """Let the watchdogs of all hosts know of each other; that of rank 0's host listens where rank 0 does, on a port of
+    its own. Collective.
+    """
+    world = hosts.world
+    ranks = [[str(rank) for rank, host in enumerate(hosts.of_rank) if host == own] for own in range(len(hosts.names))]
+    told = [
+        f"{name} (rank{'s' * (len(own) > 1)} {', '.join(own)})" for name, own in zip(hosts.names, ranks, strict=True)
+    ]
+    record = {"token": secrets.token_hex(32), "hosts": told}
+    if world.is_main:
+        watch.join_watchdogs(record | {"own": 0})
+        record["port"] = watch.link_port()
+    record = world.broadcast(record)
+    if record["port"] is None:
+        if world.is_main:
+            print("watch: a host that is cut off is noticed by the collectives alone", file=sys.stderr, flush=True)
+    elif hosts.own and world.rank == hosts.ranks[0]:
+        watch.join_watchdogs(record | {"own": hosts.own, "address": os.environ["MASTER_ADDR"]})
 
 
 @contextmanager
