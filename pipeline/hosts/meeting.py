@@ -118,5 +118,9 @@ def refused_together() -> Iterator[None]:
         yield
     except UserError as error:
         if several_hosts():
-            meet(start_world(), error)
+            try:
+                world = start_world()
+            except UserError:
+                raise error from None  # the others did not come
+            meet(world, error)
         raise

@@ -17,11 +17,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ _own: dict[Path, int] = {}  # copies folder of this process -> its lock
 class Storage:
     """One rank's view. `root` is the work_dir or a cache folder; `ranks` are those that share it with this one."""
 
-    world: World
+    hosts: Hosts
     root: Path
     ranks: tuple[int, ...]
     everywhere: bool  # all ranks see the work_dir
@@ -49,9 +50,19 @@ class Storage:
     _copied: dict[Path, Path] = field(default_factory=dict)  # the same on every rank, by rank 0's path
 
     @property
+    def world(self) -> World:
+        return self.hosts.world
+
+    @property
     def leads(self) -> bool:
         """Whether this rank does what is done once for all that share the root."""
         return self.world.rank == self.ranks[0]
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        """`work()` done by one rank of each root, its result on all ranks of that root. Collective; raises as
+        `Hosts.on_each`.
+        """
+        return self.hosts.on_each(lambda: work() if self.leads else None)[self.ranks[0]]
 
     def share(self, count: int) -> range:
         """Of `count` things that are done once for each root, those that this rank does."""
@@ -116,7 +127,7 @@ def find_storage(hosts: Hosts, work_dir: Path) -> Storage:
     """
     world = hosts.world
     everyone = tuple(range(world.size))
-    everywhere = Storage(world, work_dir, everyone, True, True, work_dir)
+    everywhere = Storage(hosts, work_dir, everyone, True, True, work_dir)
     if not hosts.several:
         return everywhere
     name = world.broadcast(f".seen-{secrets.token_hex(8)}")
@@ -137,7 +148,7 @@ def find_storage(hosts: Hosts, work_dir: Path) -> Storage:
     hosts.on_each(lambda: None if seen else mark.unlink(missing_ok=True))
     ranks = tuple(rank for rank in everyone if found[rank])
     folders = hosts.on_each(lambda: new_copies(mark.parent) if not seen and world.rank == ranks[0] else None)
-    return Storage(world, roots[world.rank], ranks, False, seen, work_dir if seen else folders[ranks[0]])
+    return Storage(hosts, roots[world.rank], ranks, False, seen, work_dir if seen else folders[ranks[0]])
 
 
 def appears(path: Path, seconds: float = LOOK_SECONDS) -> bool:

@@ -17,6 +17,7 @@ from deepspeed.ops import __compatible_ops__
 
 from data_contracts.errors import UserError
 from pipeline.files import storage_error
+from pipeline.hosts.joining import wait_for_all_ranks
 from pipeline.hosts.launcher import map_slurm
 
 CPU_WORK_TIMEOUT = 24 * 3600  # seconds a rank may wait for others that validate or prepare data
@@ -131,7 +132,9 @@ def start_world(timeout_seconds: int = 1800) -> World:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = accelerator.communication_backend_name()
     try:
+        met = wait_for_all_ranks()
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        del met
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

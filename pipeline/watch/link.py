@@ -4,7 +4,7 @@ Standard library alone. TCP, one JSON object a line. Each line carries an HMAC-S
 who speaks, the line's number and its text, with a token that only the job's ranks know: a stranger can neither end a
 job nor speak for a host. Nothing is secret in what is said.
 
-A state says: `stop` (somebody asked the job to stop), `verdict` (why the job ends, or null), `waiting` (its ranks, all
+A state says: `stop` (why the job is to stop, or null), `verdict` (why the job ends, or null), `waiting` (its ranks, all
 of which wait for others, or null), `ended` (exit codes, once all ranks are through, or null).
 """
 
@@ -204,9 +204,9 @@ class Link:
             self._server.close()
 
     @property
-    def stop(self) -> bool:
-        """Whether another host says that the job is to stop."""
-        return any(peer.says.get("stop") for peer in self.peers.values())
+    def stop(self) -> str | None:
+        """Why the job is to stop, as another host says."""
+        return next((peer.says["stop"] for peer in self.peers.values() if peer.says.get("stop")), None)
 
     @property
     def verdict(self) -> str | None:

@@ -43,6 +43,7 @@ class Watchdog:
         self.leaving = False
         self.ending_for: float | None = None  # seconds since the verdict
         self.verdict: str | None = None
+        self.stop_reason: str | None = None
         self.link: Link | None = None  # to other hosts' watchdogs, once the ranks know of other hosts
         self._waiting: list[dict] | None = None  # this host's ranks, while all of them wait for others
         self._told: set[Process] = set()
@@ -206,7 +207,7 @@ class Watchdog:
         """What other hosts are told."""
         said = [rank.says["ended"] for rank in self.ranks.values()]
         return {
-            "stop": self.stopping_for is not None,
+            "stop": self.stop_reason,
             "verdict": self.verdict,
             "waiting": self._waiting,
             "ended": said if said and None not in said else None,
@@ -222,13 +223,20 @@ class Watchdog:
                     os.close(pipe)
 
     def _stop_wanted(self, ranks: list[Watched]) -> float | None:
-        """0 seconds when a rank was asked to stop, or who started the ranks is gone; else None."""
-        if any(rank.says["asked"] for rank in ranks) or (self.link is not None and self.link.stop):
+        """0 seconds when a rank was asked to stop, or who started the ranks is gone, here or elsewhere; else None."""
+        host = ranks[0].says["host"]
+        if asked := next((rank.name for rank in ranks if rank.says["asked"]), None):
+            self.stop_reason = f"{asked} was asked to stop"
             return 0.0
         for pid, start, name in ranks[0].says["launchers"]:
             if processes.find(Process(pid, start)) is None and any(rank.at_work for rank in ranks):
                 say(f"{name} (process {pid}) is gone; the ranks of this host stop at the next step")
+                self.stop_reason = f"{name} (host {host}, process {pid}) is gone"
                 return 0.0
+        if self.link is not None and self.link.stop and any(rank.at_work for rank in ranks):
+            say(f"told by another host: {self.link.stop}; the ranks stop at the next step")
+            self.stop_reason = self.link.stop
+            return 0.0
         return None
 
     def _suspended(self) -> bool:

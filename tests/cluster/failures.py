@@ -209,7 +209,7 @@ FAILURES = [
     Failure("rank paused", _signal(signal.SIGSTOP), "was stopped (SIGSTOP)"),
     Failure("host cut off", _cut, "host node2 (rank 1) is cut off or gone", (0,)),
     Failure("host loses power", _lose(1), "host node2 (rank 1) is cut off or gone", (0,), "own"),
-    Failure("ssh session killed", _end_session, "is gone; the ranks of this host stop", stopped=True),
+    Failure("ssh session killed", _end_session, "told by another host: deepspeed (host node2", stopped=True),
     Failure("rank 0's host loses power", _lose(0), "host node1 (rank 0) is cut off or gone", (1,), how="torchrun"),
 ]
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from tests import forked
 from tests.cluster.cluster import Cluster, Host
-from tests.faults.launch import JOB
 
 LIMIT = 240  # seconds a launch may take
 PORT = 29500
@@ -63,15 +62,16 @@ def launch(
     how: str = "forked",
     strike: Strike | None = None,
     limit: float = LIMIT,
+    script: str = SCRIPT,
 ) -> list[End]:
-    """Run the job with `per_host` ranks on each of `hosts`; how it ended on each, in their order. `folder` takes the
+    """Run a script of jobs/ with `per_host` ranks on each of `hosts`; how it ended on each, in their order. `folder` takes the
     output. Nothing of it lives on.
     """
     folder.mkdir(parents=True)
     chosen = [cluster[number] for number in hosts]
     before = {host.name: set(host.processes()) for host in chosen}
     sys.stdout.flush()
-    leaders = _STARTERS[how](cluster, chosen, per_host, list(map(str, arguments)), folder)
+    leaders = _STARTERS[how](cluster, chosen, per_host, [script, *map(str, arguments)], folder)
     began = struck = time.monotonic()
     ends: dict[str, float] = {}
     codes: dict[str, int] = {}
@@ -119,7 +119,7 @@ def enter(host: Host) -> None:
         os.close(file)
 
 
-def _forked(cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[str], folder: Path) -> dict[str, int]:
+def _forked(cluster: Cluster, hosts: list[Host], per_host: int, command: list[str], folder: Path) -> dict[str, int]:
     """Fork each host's launcher with its ranks."""
     size = len(hosts) * per_host
     places = {"CROSS_SIZE": len(hosts), "MASTER_ADDR": hosts[0].address, "LOCAL_SIZE": per_host}
@@ -138,7 +138,7 @@ def _forked(cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[
             if inside := os.fork():
                 code = os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1])
             else:
-                code = _be_launcher(host, number, per_host, size, arguments, places)
+                code = _be_launcher(host, number, per_host, size, command, places)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -148,7 +148,7 @@ def _forked(cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[
     return leaders
 
 
-def _be_launcher(host: Host, number: int, per_host: int, size: int, arguments: list[str], places: dict) -> int:
+def _be_launcher(host: Host, number: int, per_host: int, size: int, command: list[str], places: dict) -> int:
     """Fork a host's ranks and wait for them; the exit code."""
     os.environ.update(host.environment())
     os.chdir(forked.ROOT)
@@ -157,31 +157,29 @@ def _be_launcher(host: Host, number: int, per_host: int, size: int, arguments: l
         rank = number * per_host + local
         if (pid := os.fork()) == 0:
             own = places | {"LOCAL_RANK": local, "CROSS_RANK": number}
-            forked.be_rank(rank, size, PORT, JOB, arguments, elsewhere=own)
+            forked.be_rank(rank, size, PORT, str(forked.ROOT / command[0]), command[1:], elsewhere=own)
         children[pid] = rank
     return forked.wait_for(children)
 
 
-def _deepspeed(
-    cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[str], folder: Path
-) -> dict[str, int]:
+def _deepspeed(cluster: Cluster, hosts: list[Host], per_host: int, command: list[str], folder: Path) -> dict[str, int]:
     """As the platform engineer does: one command on the first host."""
     (hosts[0].disk / "home" / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in CPU.items()))
     hostfile = cluster.hostfile(per_host, hosts)
-    return {hosts[0].name: _start(hosts[0], folder, ["deepspeed", "--hostfile", hostfile, SCRIPT, *arguments], ALIVE)}
+    return {hosts[0].name: _start(hosts[0], folder, ["deepspeed", "--hostfile", hostfile, *command], ALIVE)}
 
 
-def _torchrun(cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[str], folder: Path) -> dict[str, int]:
+def _torchrun(cluster: Cluster, hosts: list[Host], per_host: int, command: list[str], folder: Path) -> dict[str, int]:
     """The same command on every host, but for the host's number."""
     leaders = {}
     for number, host in enumerate(hosts):
-        command = ["torchrun", "--nnodes", len(hosts), "--nproc_per_node", per_host, "--node_rank", number]
-        command += ["--master_addr", hosts[0].name, "--master_port", PORT, SCRIPT, *arguments]
-        leaders[host.name] = _start(host, folder, command, {})
+        started = ["torchrun", "--nnodes", len(hosts), "--nproc_per_node", per_host, "--node_rank", number]
+        started += ["--master_addr", hosts[0].name, "--master_port", PORT, *command]
+        leaders[host.name] = _start(host, folder, started, {})
     return leaders
 
 
-def _srun(cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[str], folder: Path) -> dict[str, int]:
+def _srun(cluster: Cluster, hosts: list[Host], per_host: int, command: list[str], folder: Path) -> dict[str, int]:
     """One process a rank, with what SLURM says to each; one rank a host."""
     assert per_host == 1
     leaders = {}
@@ -190,7 +188,7 @@ def _srun(cluster: Cluster, hosts: list[Host], per_host: int, arguments: list[st
         says |= {"JOB_ID": 4711, "STEP_ID": 0, "STEP_NODELIST": f"node[1-{len(hosts)}]"}
         says |= {"STEP_TASKS_PER_NODE": f"1(x{len(hosts)})", "LAUNCH_NODE_IPADDR": "192.0.2.1"}
         variables = {f"SLURM_{name}": str(value) for name, value in says.items()}
-        leaders[host.name] = _start(host, folder, ["python", SCRIPT, *arguments], variables)
+        leaders[host.name] = _start(host, folder, ["python", *command], variables)
     return leaders
 
 
@@ -203,9 +201,10 @@ _STARTERS = {"forked": _forked, "deepspeed": _deepspeed, "torchrun": _torchrun, 
 
 
 def _running(host: Host, before: set[int]) -> dict[int, list[str]]:
-    """What runs on a host beside what ran there before; nothing on a host that is gone."""
+    """What runs on a host beside what ran there before, and sshd's end of a connection; nothing on one that is gone."""
     try:
-        return {pid: line for pid, line in host.processes().items() if pid not in before}
+        now = host.processes().items()
+        return {pid: line for pid, line in now if pid not in before and not line[0].startswith("sshd:")}
     except OSError:
         return {}
 

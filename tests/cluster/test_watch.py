@@ -235,6 +235,7 @@ def test_a_request_to_stop_on_one_host_stops_the_other_too(played):
     job, seconds = played["stopped"]
     assert max(seconds) < GRACE + 2
     assert [job.codes(host) for host in (0, 1)] == ["codes 75", "codes 75"]
+    assert "told by another host: rank 1 (host node2, process" in job.said(0)
 
 
 def test_the_others_of_a_host_that_failed_do_not_outlive_it_by_more_than_the_grace_time(played):
