@@ -205,10 +205,13 @@ def print_tables(found: dict[str, list[dict]]) -> None:
     for run in found["runs"]:
         codes = ", ".join(str(code) for code in run["codes"] if code is not None)
         print(f"| {run['name']} | {codes} | {run['files']} | {len(run['differing'])} |")
-    print("\n| what happens | exit code | end after, s, by host | named | continued |\n|---|---|---|---|---|")
+    print("\n| what happens | exit code | last rank's end, s | last process's end, s | named | continued |")
+    print("|---|---|---|---|---|---|")
     for event in found["failures"]:
-        seconds = ", ".join(f"{host} {second:.1f}" for host, second in event["seconds"].items())
-        print(f"| {event['name']} | {event['code']} | {seconds} | {event['named']} | {event['continued']} |")
+        ranks, seconds = (
+            ", ".join(f"{host} {second:.1f}" for host, second in event[key].items()) for key in ("ranks", "seconds")
+        )
+        print(f"| {event['name']} | {event['code']} | {ranks} | {seconds} | {event['named']} | {event['continued']} |")
     print("\n| a host has | exit codes | told |\n|---|---|---|")
     for event in found["differences"]:
         print(f"| {event['name']} | {event['codes']} | {event['told']} |")

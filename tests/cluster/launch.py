@@ -49,6 +49,7 @@ class End:
     code: int | str | None  # the exit code of the host's launcher, or what became of it; None: it has none
     text: str  # all it wrote
     seconds: float  # from the strike, or the beginning, to the end of the host's last process
+    ranks: float  # the same to the end of its last rank, as far as ranks are told from launchers
     left: list[str] = field(default_factory=list)  # processes that did not end
 
 
@@ -64,8 +65,8 @@ def launch(
     limit: float = LIMIT,
     script: str = SCRIPT,
 ) -> list[End]:
-    """Run a script of jobs/ with `per_host` ranks on each of `hosts`; how it ended on each, in their order. `folder` takes the
-    output. Nothing of it lives on.
+    """Run a script of jobs/ with `per_host` ranks on each of `hosts`; how it ended on each, in their order. `folder`
+    takes the output. Nothing of it lives on.
     """
     folder.mkdir(parents=True)
     chosen = [cluster[number] for number in hosts]
@@ -74,6 +75,7 @@ def launch(
     leaders = _STARTERS[how](cluster, chosen, per_host, [script, *map(str, arguments)], folder)
     began = struck = time.monotonic()
     ends: dict[str, float] = {}
+    seen: dict[str, float] = {}  # when a rank was last seen
     codes: dict[str, int] = {}
     while len(ends) < len(chosen) and time.monotonic() - began < limit:
         time.sleep(0.05)
@@ -84,8 +86,11 @@ def launch(
             leader = leaders.get(host.name)
             if leader and host.name not in codes and (ended := os.waitpid(leader, os.WNOHANG))[0]:
                 codes[host.name] = os.waitstatus_to_exitcode(ended[1])
+            running = {} if host.name in ends else _running(host, before[host.name])
+            if any(how == "forked" or "--local_rank=" in " ".join(line) for line in running.values()):
+                seen[host.name] = time.monotonic()
             begun = host.name in codes or (not leader and len(codes) == len(leaders))
-            if begun and host.name not in ends and not _running(host, before[host.name]):
+            if begun and host.name not in ends and not running:
                 ends[host.name] = time.monotonic()
     results = []
     for host in chosen:
@@ -98,7 +103,9 @@ def launch(
             os.waitpid(leaders[host.name], 0)
         code = codes.get(host.name, "no end") if host.name in leaders else None
         seconds = ends.get(host.name, time.monotonic()) - struck
-        results.append(End(code, _text(folder / host.name), seconds, [" ".join(line)[:200] for line in left.values()]))
+        ranks = seen.get(host.name, struck) - struck if how in ("forked", "deepspeed") else seconds
+        lines = [" ".join(line)[:200] for line in left.values()]
+        results.append(End(code, _text(folder / host.name), seconds, ranks, lines))
     return results
 
 
