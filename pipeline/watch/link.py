@@ -44,6 +44,11 @@ class Wire:
         """Whether states can be sent."""
         return bool(self._nonce)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was said yet."""
+        return self._counts[0] == 0
+
     def send(self, state: Mapping[str, object]) -> None:
         """Have a state sent; nothing before the other side's greeting has come."""
         if self._nonce and self.open and len(self._out) < LONGEST:
@@ -185,9 +190,9 @@ class Link:
         for peer in self.peers.values():
             if due and peer.wire is None and self._server is None and not peer.ended:
                 peer.wire = self._connect()
-            if due and peer.wire is not None:
-                peer.wire.send(state | {"host": self._own})
             peer.live(seconds)
+            if peer.wire is not None and (due or peer.wire.fresh):
+                peer.wire.send(state | {"host": self._own})
 
     def close(self, state: dict) -> None:
         """Say the last, also to those who have not been heard yet: a rank may fail before the hosts are in touch."""

@@ -103,7 +103,7 @@ def launch(
             os.waitpid(leaders[host.name], 0)
         code = codes.get(host.name, "no end") if host.name in leaders else None
         seconds = ends.get(host.name, time.monotonic()) - struck
-        ranks = seen.get(host.name, struck) - struck if how in ("forked", "deepspeed") else seconds
+        ranks = max(0.0, seen.get(host.name, struck) - struck) if how in ("forked", "deepspeed") else seconds
         lines = [" ".join(line)[:200] for line in left.values()]
         results.append(End(code, _text(folder / host.name), seconds, ranks, lines))
     return results

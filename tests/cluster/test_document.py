@@ -38,7 +38,7 @@ def test_ten_commands_lead_from_zero_to_a_verified_run_on_two_hosts(tmp_path: Pa
         demo = made.shared / "demo"
         save_backbone(demo / "backbone")
         for task in DEMO_TASKS:
-            make_task(demo / "data", task, rows={"train": 40, "validation": 24, "test": 24})
+            make_task(demo / "data", task, rows={"train": 60, "validation": 24, "test": 24})
         source = made.shared / "repository"  # the checkout as it is, committed or not
         shutil.copytree(
             ROOT, source, ignore=shutil.ignore_patterns(".git", "demo", "runs", "__pycache__"), symlinks=True

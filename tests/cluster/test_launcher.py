@@ -1,9 +1,12 @@
-"""What `srun` sets, mapped to what torch reads; the hosts' comparison; copies for hosts without the work_dir."""
+"""What `srun` sets, mapped to what torch reads; ranks that do not come; what hosts refuse; where copies lie."""
+
+import socket
 
 import pytest
 
 from data_contracts.errors import UserError
 from pipeline.hosts.alike import refuse_differences
+from pipeline.hosts.joining import wait_for_all_ranks
 from pipeline.hosts.launcher import expand_nodes, map_slurm, several_hosts
 from pipeline.hosts.meeting import Hosts
 from pipeline.hosts.storage import cache_folder, copies_removed, find_storage, new_copies
@@ -86,6 +89,31 @@ def test_node_lists_are_expanded(nodes, names):
 )
 def test_several_hosts_are_known_before_the_ranks_meet(environment, several):
     assert several_hosts(environment) is several
+
+
+def test_a_rank_whose_peers_do_not_come_says_so_after_a_while(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=rf"not all 2 ranks came to 127.0.0.1:{port} within 1 s"):
+        wait_for_all_ranks(1.0)
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert wait_for_all_ranks(1.0) is None  # all on this host: its launcher sees to them
+
+
+def test_what_hosts_refuse_is_one_sentence_and_the_same_mistake_of_all_is_told_once():
+    hosts = Hosts(World(rank=0, size=3, device=None), (0, 0, 1), ("one", "two"))
+    with pytest.raises(UserError, match=r"^host two: no backbone$"):
+        hosts.refuse([None, None, "no backbone"])
+    with pytest.raises(UserError, match=r"^no backbone$"):
+        hosts.refuse(["no backbone", "no backbone", "no backbone"])
+    with pytest.raises(UserError, match=r"^host one: no disk; host two: no backbone$"):
+        hosts.refuse(["no disk", None, "no backbone"])
+    hosts.refuse([None, None, None])
 
 
 def test_a_difference_names_the_host_and_what_it_is_in_each_host_against_the_first():
