@@ -33,7 +33,7 @@ if [ "$$devices" -eq 0 ]; then \
 fi
 endef
 
-.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-failures proof-faults proof-store fuzz lint clean
+.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-failures proof-faults proof-store proof-hosts fuzz lint clean
 
 help:
 	@echo "make quickstart   set up, make the demo's model and data, learn $(STREAM)"
@@ -45,6 +45,7 @@ help:
 	@echo "make proof-failures  kill, stop and wedge ranks and launchers of 13 jobs: times, exit codes, who was named (5 minutes)"
 	@echo "make proof-faults    kill runs of three increments at some 80 moments, continue them, compare to the bit (8 CPU minutes)"
 	@echo "make proof-store     kill publishing, restoring and retiring before every request and file operation of theirs (2 minutes)"
+	@echo "make proof-hosts     2 and 3 hosts in namespaces of this machine: the same bits, every failure, ten commands (root; 25 minutes)"
 	@echo "make fuzz         20,000 hostile and broken inputs to every reader of contracts, streams, rows, adapters and published files"
 	@echo "make lint         ruff check and format check"
 	@echo "make venv         set up only: $(VENV)"
@@ -91,6 +92,9 @@ proof-faults: $(STAMP)
 
 proof-store: $(STAMP)
 	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; exec python -m pytest -q -m long tests/store
+
+proof-hosts: $(STAMP)
+	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; python -m tests.cluster.driver && exec python -m pytest -q -m long tests/cluster
 
 fuzz: $(STAMP)
 	@$(ENVIRONMENT); exec python -m tests.fuzz.driver --count 20000

@@ -42,7 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         with imports_without_collections():  # they cost seconds: signals and arguments come first
             from pipeline.config import load_stream
 
-            config = load_stream(options.stream, options.set)
+            try:
+                config = load_stream(options.stream, options.set)
+            except UserError as error:
+                if not options.stages:
+                    refuse_on_all_hosts(error)
+                raise
             from pipeline.continual import prepare_only, run_stream
 
         if options.stages:
@@ -56,6 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"continual: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
+
+
+def refuse_on_all_hosts(error: UserError) -> None:
+    """Raise a mistake on the ranks of other hosts too, which wait for this one's."""
+    from pipeline.hosts.launcher import several_hosts
+
+    if several_hosts():
+        from pipeline.hosts.meeting import refused_together
+
+        with refused_together():
+            raise error
 
 
 def device_free_stages(text: str) -> list[str]:

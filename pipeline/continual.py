@@ -6,7 +6,7 @@ contract + files -> validate -> prepare -> train -> evaluate -> gate -> register
 import getpass
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from pipeline.data.tokens import PreparedTask, open_shards
 from pipeline.evaluation.text_states import check_router
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, storage_error, write_atomic, writing
+from pipeline.hosts.alike import check_alike, check_prepared_alike
+from pipeline.hosts.meeting import Hosts, meet, refused_together
+from pipeline.hosts.storage import Storage, copies_removed, find_storage
 from pipeline.increments import check_same_model, check_sampling, inputs_key, measurable, next_increment, standing
 from pipeline.lock import WorkLock
 from pipeline.placement.distributed import World, start_world
@@ -57,7 +60,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag, break_lo
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
     watch.set_limits(**config.watch.model_dump())
-    with WorkLock(config.work_path()) as lock:  # rank 0 takes it, as soon as it knows its rank
+    with WorkLock(config.work_path()) as lock, copies_removed():  # rank 0 takes it, as soon as it knows its rank
         return learn_stream(config, until, stop, lambda: lock.acquire(break_lock))
 
 
@@ -65,14 +68,16 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
     """`run_stream`; `lock` makes rank 0 the one writer."""
     clock = StartClock()
     clock.passed("imports")
-    method = build_method(config)
-    check_before_loading(config, method.plan)
-    check_sampling(config, method)
-    check_start_from(config, method)
-    check_router(config.router, load_config(config.backbone))
-    tokenizer = load_tokenizer(config.backbone)
+    with refused_together():
+        method = build_method(config)
+        check_before_loading(config, method.plan)
+        check_sampling(config, method)
+        check_start_from(config, method)
+        check_router(config.router, load_config(config.backbone))
+        tokenizer = load_tokenizer(config.backbone)
     clock.passed("checks")
     world = start_world()
+    hosts = meet(world)
     clock.passed("process group")
     check_world(config, world)
     check_batch_sizes(config.training.batch_size, config.training.micro_batch_size, world.size)
@@ -83,12 +88,14 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
     backbone = world.on_main(lambda: backbone_record(config))
     check_same_model(config, backbone, history)
     world.on_main(lambda: drop_published_state(work_dir, history))
+    files = check_alike(config, hosts)
+    storage = find_storage(hosts, work_dir)
     clock.passed("chain and digests")
-    prepared = prepare_tasks(config, tokenizer, world, history, until, stop)
+    prepared = prepare_tasks(config, tokenizer, hosts, storage, files, history, until, stop)
     clock.passed("prepare")
     watch.report("loading the model")
     learner = build_learner(config, method.plan, world, train=True, passed=clock.passed)
-    job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {}, clock)
+    job = Job(config, world, work_dir, method, tokenizer, learner, Bank(work_dir / "bank"), {}, clock, storage=storage)
     tracker = open_tracker(config, world, history)
     clock.passed("tracking")
     if world.is_main:
@@ -208,35 +215,39 @@ def open_run(tracker: Tracker, job: Job, number: int, task: PreparedTask, key: s
 def prepare_tasks(
     config: StreamConfig,
     tokenizer: PreTrainedTokenizerFast,
-    world: World,
+    hosts: Hosts,
+    storage: Storage,
+    files: Mapping[str, dict[str, str]],
     history: History,
     until: str | None,
     stop: StopFlag,
 ) -> dict[str, PreparedTask]:
-    """Validate and prepare the stream's tasks, dealt out over the ranks; nobody waits inside a device collective.
+    """Validate and prepare the stream's tasks, dealt out over the ranks that share a disk; nobody waits inside a device
+    collective. `files` are digests of data files that this rank knows.
 
     Raises the first task's UserError on every rank, StoppedOnRequest when asked to stop.
     """
-    done: dict[int, Any] = {}
-    for index in range(world.rank, len(config.tasks), world.size):
+    world, done = hosts.world, {}
+    for index in storage.share(len(config.tasks)):
         if stop.requested:
             break
         watch.report(f"validating and preparing {config.tasks[index]}")
         try:
-            validated = validate(config.tasks[index], config, tokenizer, history)
+            path = config.tasks[index]
+            validated = validate(path, config, tokenizer, history, storage.root, files.get(path))
             prepare(validated, tokenizer)
             done[index] = (validated.contract, validated.shards)
         except UserError as error:
             done[index] = error
         except OSError as error:
-            done[index] = storage_error(error, config.work_path())
+            done[index] = storage_error(error, storage.root)
     watch.report("waiting until all tasks are prepared")
     stop.check(world, "stopped before all tasks were prepared")
-    merged = {index: item for part in world.gather(done) for index, item in part.items()}
+    gathered = world.gather(done)
+    for index in range(len(config.tasks)):
+        hosts.refuse([str(item) if isinstance(item := part.get(index), UserError) else None for part in gathered])
+    merged = {index: item for rank in storage.ranks for index, item in gathered[rank].items()}
     results = [merged[index] for index in range(len(config.tasks))]
-    for result in results:
-        if isinstance(result, UserError):
-            raise result
     check_task_names([contract for contract, _ in results])
     names = [contract.task for contract, _ in results]
     check_started_tasks(config, names)
@@ -248,7 +259,9 @@ def prepare_tasks(
             f"gate.min_metric names {unknown[0]!r}, which is no task of the stream; it has {', '.join(names)}"
         )
     last = names.index(until) + 1 if until else len(names)
-    return {name: open_shards(*result) for name, result in zip(names[:last], results, strict=False)}
+    opened = {name: open_shards(*result) for name, result in zip(names[:last], results, strict=False)}
+    check_prepared_alike(hosts, opened)
+    return opened
 
 
 def prepare_only(config: StreamConfig, stages: Sequence[str], break_lock: bool = False) -> int:

@@ -31,12 +31,13 @@ def recompute(served: Served, tasks: Sequence[str] | None = None) -> list[Recomp
         served.bundle(task)
     cells = []
     recorded, history = served.chain[0].row, History.of(served.chain)
+    root = job.storage.root
     for path in job.config.tasks:
         name = job.world.on_main(lambda path=path: load_contract(path).task)
         if not served.at.serves(name) or (tasks and name not in tasks):
             continue
-        prepared = job.world.on_main(lambda path=path: validate(path, job.config, job.tokenizer, history))
-        job.world.on_main(lambda prepared=prepared: prepare(prepared, job.tokenizer) and None)
+        prepared = job.storage.once(lambda path=path: validate(path, job.config, job.tokenizer, history, root))
+        job.storage.once(lambda prepared=prepared: prepare(prepared, job.tokenizer) and None)
         opened = prepare(prepared, job.tokenizer)
         if opened.contract.digest != served.contract(name).digest:
             raise UserError(f"{path} is not the contract {name} was learned under; check out the one of its increment")

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from data_contracts import TaskContract, UserError
 from pipeline.backbones.load import backbone_digest, load_tokenizer
 from pipeline.config import StreamConfig, build_method, override_config
 from pipeline.evaluation.review_cost import Thresholds
 from pipeline.experts.bank import Bank
+from pipeline.hosts.meeting import meet
+from pipeline.hosts.storage import find_storage
 from pipeline.methods.protocol import Bundle, bundle_digest
 from pipeline.placement.distributed import start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
@@ -43,15 +47,21 @@ class Served:
         return self.at.bundle(task)
 
     def contract(self, task: str) -> TaskContract:
-        """The contract the task was last learned under, from its increment's folder."""
+        """The contract the task was last learned under, from its increment's folder. Collective."""
         manifest = self.at.learned(task)
-        data = read_published(self.job.work_dir, manifest.folder, manifest.files, "contract.json")
+        work_dir = self.job.work_dir
+        data = self.job.world.on_main(
+            lambda: read_published(work_dir, manifest.folder, manifest.files, "contract.json")
+        )
         return TaskContract.model_validate(json.loads(data))
 
     def thresholds(self, task: str) -> Thresholds | None:
         """From which scores on the answers of the task's bundle may be decided, by class; None where no increment
-        measured it.
+        measured it. Collective.
         """
+        return self.job.world.on_main(lambda: self._thresholds(task))
+
+    def _thresholds(self, task: str) -> Thresholds | None:
         digest = bundle_digest(self.bundle(task))
         for manifest in self.chain:
             record = read_review(self.job.work_dir, manifest).get(task) if manifest.verdict == "promoted" else None
@@ -67,23 +77,31 @@ def open_served(work_dir: str, increment: int | None, overrides: Sequence[str] =
     comes from the manifest. Raises UserError for a work_dir without increments, or a backbone that is not the one
     trained on.
     """
-    folder = Path(work_dir).expanduser().resolve()
-    at = as_of(folder, increment)
-    newest = at.chain[0]
-    config = read_config(folder, newest, overrides)
-    watch.set_limits(**config.watch.model_dump())
-    if backbone_digest(config.backbone.path) != newest.backbone.digest:
-        raise UserError(
-            f"the backbone in {config.backbone.path} is not the one increment {newest.increment} was trained on; "
-            "name its folder with --set backbone.path=..."
-        )
-    method = build_method(config)
-    check_before_loading(config, method.plan)
-    tokenizer = load_tokenizer(config.backbone)
     world = start_world()
+    hosts = meet(world)
+    folder = Path(work_dir).expanduser().resolve()
+    at = world.on_main(lambda: as_of(folder, increment))
+    newest = at.chain[0]
+    config = world.on_main(lambda: read_config(folder, newest, overrides))
+    watch.set_limits(**config.watch.model_dump())
+    method = build_method(config)
+    loaded: list[PreTrainedTokenizerFast] = []
+
+    def load() -> None:
+        if world.rank == hosts.ranks[0] and backbone_digest(config.backbone.path) != newest.backbone.digest:
+            raise UserError(
+                f"the backbone in {config.backbone.path} is not the one increment {newest.increment} was trained on; "
+                "name its folder with --set backbone.path=..."
+            )
+        check_before_loading(config, method.plan)
+        loaded.append(load_tokenizer(config.backbone))
+
+    hosts.on_each(load)
+    (tokenizer,) = loaded
     check_world(config, world)
+    storage = find_storage(hosts, folder)
     learner = build_learner(config, method.plan, world, train=False)
-    job = Job(config, world, folder, method, tokenizer, learner, Bank(folder / "bank"), {})
+    job = Job(config, world, folder, method, tokenizer, learner, Bank(folder / "bank"), {}, storage=storage)
     return Served(job, at)
 
 

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: HEAVY.index(group) if (group := group_of(item.nodeid)) in HEAVY else len(HEAVY))
 
 
-HEAVY = ("jobs", "moe", "distributed", "faults", "watch", "placement", "tracking", "store", "test_readme.py")
+HEAVY = ("jobs", "cluster", "moe", "distributed", "faults", "watch", "placement", "tracking", "store", "test_readme.py")
 
 
 def group_of(nodeid: str) -> str:

@@ -13,8 +13,9 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = ("deepspeed", "pipeline.continual", "pipeline.serving")
@@ -55,12 +56,20 @@ def wait_for(children: dict[int, int]) -> int:
     return code
 
 
-def be_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str], first: Callable[[int], None]) -> None:
-    """Run the script as one rank; does not return."""
+def be_rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    script: str,
+    arguments: list[str],
+    first: Callable[[int], None] = lambda rank: None,
+    elsewhere: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Run the script as one rank; does not return. `elsewhere` replaces what is said of a host that has all ranks."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "CROSS_RANK": 0}
-    places |= {"CROSS_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places |= {"CROSS_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **elsewhere}
     os.environ.update({name: str(value) for name, value in places.items()})
-    sys.argv = [script, f"--local_rank={rank}", *arguments]
+    sys.argv = [script, f"--local_rank={places['LOCAL_RANK']}", *arguments]
     code = 1
     try:
         first(rank)

@@ -17,9 +17,10 @@ from deepspeed.ops import __compatible_ops__
 
 from data_contracts.errors import UserError
 from pipeline.files import storage_error
+from pipeline.hosts.joining import wait_for_all_ranks
+from pipeline.hosts.launcher import map_slurm
 
 CPU_WORK_TIMEOUT = 24 * 3600  # seconds a rank may wait for others that validate or prepare data
-_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ def start_world(timeout_seconds: int = 1800) -> World:
 
     Backend and device come from DeepSpeed's accelerator (nccl on CUDA, gloo on CPU).
     """
-    for name, slurm in _SLURM.items():
-        if name not in os.environ and slurm in os.environ and "SLURM_NTASKS" in os.environ:
-            os.environ[name] = os.environ[slurm]
+    map_slurm(os.environ)
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, default)
     os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
@@ -133,7 +132,9 @@ def start_world(timeout_seconds: int = 1800) -> World:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     backend = accelerator.communication_backend_name()
     try:
+        met = wait_for_all_ranks()
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        del met
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.config import StreamConfig
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, sha256_text
+from pipeline.hosts.storage import Storage
 from pipeline.methods.protocol import PAST, PAST_WEIGHTS, Bundle, Method, own_of, past_of
 from pipeline.placement.distributed import World, return_freed_memory
 from pipeline.placement.learner import Learner
@@ -60,6 +61,7 @@ class Job:
     loaded: dict[str, str]
     clock: StartClock = field(default_factory=StartClock)
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part
+    storage: Storage | None = None  # where the ranks of other hosts find the work_dir's files; None: there
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -93,7 +95,13 @@ class Job:
     def open_bank(self, digest: str) -> TensorFile:
         """A bank file for reading by slices, once rank 0 has verified its bytes. Collective."""
         self.world.on_main(lambda: self.bank.verify(digest))
-        return self.bank.open(digest)
+        if self.storage is None or self.storage.everywhere:
+            return self.bank.open(digest)
+        return TensorFile(self.storage.read(self.bank.path(digest), immutable=True))
+
+    def read_here(self, path: Path) -> Path:
+        """Where this rank reads a file that rank 0 wrote into the work_dir. Collective."""
+        return path if self.storage is None else self.storage.read(path)
 
     def serve(self, bundle: Bundle) -> None:
         """Fill the slots with a bundle and let its LoRA experts speak; an empty bundle is the bare backbone.

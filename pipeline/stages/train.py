@@ -69,6 +69,7 @@ def train(
         start,
         seed=config.seed,
         inflight=job.inflight,
+        read_here=job.read_here,
         key=key,
         title=f"increment {increment.number} {increment.task}",
         stop=stop,
@@ -213,4 +214,4 @@ def from_adapter(job: Job, increment: Increment) -> dict[str, TensorFile]:
         print(f"  {role} expert starts from {job.config.start_from[task]}", flush=True)
 
     job.world.on_main(convert)
-    return {role: TensorFile(path)}
+    return {role: TensorFile(job.read_here(path))}

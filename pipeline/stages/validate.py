@@ -25,9 +25,15 @@ class ValidatedTask:
 
 
 def validate(
-    contract_path: str, config: StreamConfig, tokenizer: PreTrainedTokenizerFast, history: History
+    contract_path: str,
+    config: StreamConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    history: History,
+    folder: Path | None = None,
+    files: dict[str, str] | None = None,
 ) -> ValidatedTask:
-    """Check one contract and its data.
+    """Check one contract and its data. `folder` takes shards and quarantine (default: the work_dir); `files` are the
+    digests of the data files, where they are known already.
 
     Raises UserError for a contract or data that cannot be used, a retired task, rejected rows past the contract's
     limit (quarantine and counts are written by then), or labels or prompt that changed under a version learned before.
@@ -43,12 +49,13 @@ def validate(
             learned_as=f"increment {entry.increment}",
         )
     roots = list(config.data_roots)
-    digest = shard_digest(contract.digest, source_digests(contract, roots), tokenizer_digest(tokenizer))
-    work_dir = config.work_path()
-    shards = work_dir / "prepared" / contract.task / digest
+    files = source_digests(contract, roots) if files is None else files
+    digest = shard_digest(contract.digest, files, tokenizer_digest(tokenizer))
+    folder = config.work_path() if folder is None else folder
+    shards = folder / "prepared" / contract.task / digest
     if (shards / "meta.json").is_file():
         return ValidatedTask(contract, shards, None)
-    clean = ingest(contract, roots, tokenizer=tokenizer, quarantine_dir=work_dir / "quarantine")
+    clean = ingest(contract, roots, tokenizer=tokenizer, quarantine_dir=folder / "quarantine")
     return ValidatedTask(contract, shards, clean)
 
 

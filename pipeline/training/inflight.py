@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,9 +79,11 @@ def load_inflight(folder: Path, key: str) -> Progressed | None:
     return done if done.key == key else None
 
 
-def open_inflight(folder: Path) -> tuple[TensorFile, dict[str, TensorFile]]:
+def open_inflight(
+    folder: Path, read_here: Callable[[Path], Path] = lambda path: path
+) -> tuple[TensorFile, dict[str, TensorFile]]:
     """The saved values, and the saved moments by name, for reading by slices; `load_inflight` has checked the bytes."""
-    file = TensorFile(folder / _FILE)
+    file = TensorFile(read_here(folder / _FILE))
     return file.below("value/"), {moment: file.below(f"{moment}/") for moment in MOMENTS}
 
 

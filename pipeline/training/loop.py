@@ -68,10 +68,12 @@ def train_rows(
     stop: StopFlag,
     on_step: Callable[[StepLog], None] = lambda log: None,
     batches: Sequence[np.ndarray] | None = None,
+    read_here: Callable[[Path], Path] = lambda path: path,
 ) -> TrainResult:
     """Train the active components on `rows` from the start values, or from the in-flight state of the same `key`.
 
-    `batches` are the row numbers of every global batch (default: `plain_batches`). Raises on all ranks:
+    `batches` are the row numbers of every global batch (default: `plain_batches`); `read_here` says where this rank
+    reads a file that rank 0 wrote. Raises on all ranks:
     StoppedOnRequest, with the state saved, when any rank was asked to stop; TrainingFailed where loss or gradient are
     no numbers or the loss explodes, the state on disk being one from before that step.
     """
@@ -82,7 +84,7 @@ def train_rows(
     step, continuations, consumed = (saved.step, saved.continuations + 1, saved.rows) if saved else (0, 0, 0)
     kept = step  # of the state on disk
     vocab_size = learner.model.backbone.config.vocab_size
-    values, moments = open_inflight(inflight) if saved else (start, {})
+    values, moments = open_inflight(inflight, read_here) if saved else (start, {})
     restore_state(learner.engine, learner.parameters, values, moments, step)
     penalties = method.penalties(learner, start)
     world.barrier()  # nobody replaces the file while another rank reads it

@@ -131,6 +131,32 @@ def standstill(
     return None
 
 
+def waiting(
+    ranks: Sequence[Watched], quiet: Sequence[Watched], places: Mapping[int, dict[str, str]]
+) -> list[dict] | None:
+    """This host's ranks in words for other hosts, if all that are at work wait in collectives: `standstill` found
+    nobody at fault here.
+    """
+    if {rank.says["rank"] for rank in quiet} != {rank.says["rank"] for rank in ranks if rank.at_work}:
+        return None
+    if any(places[rank.says["rank"]]["waits"] != "ranks" for rank in quiet):
+        return None
+    return [
+        {"name": rank.name, "at": places[rank.says["rank"]]["at"], "seen": rank.seen, "silent_for": rank.silent_for}
+        for rank in quiet
+    ]
+
+
+def everybody_waits(ranks: Sequence[dict]) -> Verdict:
+    """The verdict on the ranks of all hosts, as `waiting` tells of them: nobody is left whom they could wait for."""
+    last = max(ranks, key=lambda rank: rank["silent_for"])
+    return Verdict(
+        f"{last['name']} has stood still, as all ranks of all hosts, at {last['at']}, {last['seen']}; the job ends, "
+        "the same command continues it",
+        (),
+    )
+
+
 def _verdict(culprits: Sequence[Watched], what: Callable[[Watched], str]) -> Verdict:
     told = "; ".join(f"{rank.name} {what(rank)}, {rank.seen}" for rank in culprits)
     return Verdict(f"{told}; the job ends, the same command continues it", tuple(culprits))

@@ -6,6 +6,7 @@ The ranks of a host meet in a folder for temporary files, named after their laun
     <rank>.ask     a pipe of requests: s (say where you are), t (stop at the next step), x (leave now, with 75)
     <rank>.stack   the answer to s
     lock           held by the watchdog, which the first rank starts
+    link, port     on a job of several hosts: how its watchdogs find each other (link.py)
 
 A report comes from the main thread alone, at every step and every batch: a rank whose main thread stands still is
 silent. The requests are served by a thread, which also works while the main thread waits in a collective.
@@ -21,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.hosts import launcher
 from pipeline.watch import processes
 from pipeline.watch.judge import EXIT_STOPPED
 
@@ -62,8 +65,9 @@ class WatchedRank:
         self._file = -1
         environment = os.environ
         own = processes.stat(os.getpid())
-        self.rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
-        size = int(environment.get("WORLD_SIZE") or environment.get("SLURM_NTASKS") or 1)
+        launcher.map_slurm(environment)
+        self.rank = int(environment.get("RANK") or 0)
+        size = int(environment.get("WORLD_SIZE") or 1)
         self._says = {
             "rank": self.rank,
             "world_size": size,
@@ -254,6 +258,26 @@ def follow(stopping: Stoppable) -> None:
     """Have `stopping` told when this host's watchdog wants the job to stop."""
     if _watched is not None:
         _watched.stopping = stopping
+
+
+def join_watchdogs(record: dict) -> None:
+    """Tell this host's watchdog of the others (`link.Link` says how)."""
+    if _watched is not None:
+        beside = _watched.folder / "link.new"
+        beside.write_text(json.dumps(record))  # the folder is this user's alone
+        os.replace(beside, _watched.folder / "link")
+
+
+def link_port(seconds: float = 10.0) -> int | None:
+    """The port at which this host's watchdog, told to by `join_watchdogs`, waits for the others; None where it does
+    not come to that.
+    """
+    end = time.monotonic() + seconds
+    while _watched is not None and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            return int((_watched.folder / "port").read_text())
+        time.sleep(0.05)
+    return None
 
 
 def report_stop() -> None:

@@ -5,7 +5,7 @@ itself. Started by the first rank (rank.py); ends when all of them have ended.
 
 It needs the standard library alone, and is in nobody's process group: no signal to the job reaches it. It ends the
 job's ranks of this host when one of them is lost (judge.py), and passes a request to stop on to all of them: a signal
-to one rank, or the end of the process that started them. Ranks of other hosts notice by their collectives.
+to one rank, or the end of the process that started them. The watchdogs of several hosts tell each other (link.py).
 """
 
 import contextlib
@@ -16,12 +16,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.watch import judge, processes
 from pipeline.watch.judge import Sight, Verdict, Watched
 from pipeline.watch.processes import MARK, Process
+
+if TYPE_CHECKING:
+    from pipeline.watch.link import Link
 
 TICK = 0.25  # seconds between two looks
 PEERS_SECONDS = 3.0  # at most, in which the peers of a rank at fault may end by themselves
@@ -38,6 +42,10 @@ class Watchdog:
         self.stopping_for: float | None = None  # seconds since the request to stop
         self.leaving = False
         self.ending_for: float | None = None  # seconds since the verdict
+        self.verdict: str | None = None
+        self.stop_reason: str | None = None
+        self.link: Link | None = None  # to other hosts' watchdogs, once the ranks know of other hosts
+        self._waiting: list[dict] | None = None  # this host's ranks, while all of them wait for others
         self._told: set[Process] = set()
         self._family_age = self._asked_age = FAMILY_SECONDS
         self._empty_for = 0.0
@@ -70,6 +78,9 @@ class Watchdog:
             if self.ranks:
                 self.act(seconds)
             if self.all_ended(seconds):
+                self._open_link()
+                if self.link is not None:
+                    self.link.close(self._state())
                 return
 
     def look(self, seconds: float) -> None:
@@ -92,6 +103,9 @@ class Watchdog:
         """Do what has to be done now."""
         ranks = list(self.ranks.values())
         self._asked_age += seconds
+        self._open_link()
+        if self.link is not None:
+            self.link.tick(seconds, self._state())
         if self.ending_for is not None:
             self.ending_for += seconds
             if self.ending_for >= min(PEERS_SECONDS, (self.limit or 60.0) / 10):
@@ -101,15 +115,17 @@ class Watchdog:
             self.stopping_for = self._stop_wanted(ranks)
         else:
             self._press(ranks, seconds)
-        verdict = judge.fault(ranks, self.limit, self.grace) or self._standstill(ranks)
+        verdict = judge.fault(ranks, self.limit, self.grace) or self._standstill(ranks) or self._elsewhere(ranks)
         if verdict is not None:
             self.end(verdict)
 
     def end(self, verdict: Verdict) -> None:
         """End the job: those at fault now, the others when they have had a moment to see it themselves."""
         say(verdict.line)
-        self.ending_for = 0.0
+        self.ending_for, self.verdict = 0.0, verdict.line
         self.kill(verdict.culprits)
+        if self.link is not None:
+            self.link.tick(0.0, self._state())
 
     def kill(self, ranks) -> None:
         """SIGKILL ranks and their children."""
@@ -147,6 +163,8 @@ class Watchdog:
     def _standstill(self, ranks: list[Watched]) -> Verdict | None:
         """Ask those who have been quiet for too long where they are."""
         quiet = judge.suspects(ranks, self.limit)
+        if len(quiet) < sum(rank.at_work for rank in ranks):
+            self._waiting = None
         if not quiet or self._asked_age < self.limit / 20:
             return None
         self._asked_age = 0.0
@@ -158,7 +176,42 @@ class Watchdog:
         while time.monotonic() < end and not all(answer.is_file() for answer in answers.values()):
             time.sleep(0.02)
         places = {number: json.loads(answer.read_text()) for number, answer in answers.items() if answer.is_file()}
-        return judge.standstill(ranks, quiet, places)
+        verdict = judge.standstill(ranks, quiet, places)
+        if verdict is None:
+            self._waiting = judge.waiting(ranks, quiet, places)
+        return verdict
+
+    def _elsewhere(self, ranks: list[Watched]) -> Verdict | None:
+        """What other hosts say or show; whose fault it is that all ranks of all hosts wait."""
+        if self.link is None:
+            return None
+        if self.link.verdict is not None:
+            return Verdict(self.link.verdict, ())
+        if not any(rank.at_work for rank in ranks):
+            return None
+        if (fault := self.link.fault(self.limit, self.grace)) is not None:
+            return Verdict(fault, ())
+        everyone = self.link.all_waiting(self._waiting) if self._waiting else None
+        return judge.everybody_waits(everyone) if everyone else None
+
+    def _open_link(self) -> None:
+        """Get in touch with other hosts' watchdogs, once the ranks have said how."""
+        if self.link is not None or not (self.folder / "link").is_file():
+            return
+        from pipeline.watch.link import Link  # one host needs neither sockets nor hashes
+
+        with contextlib.suppress(OSError, ValueError):
+            self.link = Link(json.loads((self.folder / "link").read_text()), self.folder)
+
+    def _state(self) -> dict:
+        """What other hosts are told."""
+        said = [rank.says["ended"] for rank in self.ranks.values()]
+        return {
+            "stop": self.stop_reason,
+            "verdict": self.verdict,
+            "waiting": self._waiting,
+            "ended": said if said and None not in said else None,
+        }
 
     def _ask(self, ranks, request: bytes) -> None:
         for rank in ranks:
@@ -170,13 +223,20 @@ class Watchdog:
                     os.close(pipe)
 
     def _stop_wanted(self, ranks: list[Watched]) -> float | None:
-        """0 seconds when a rank was asked to stop, or who started the ranks is gone; else None."""
-        if any(rank.says["asked"] for rank in ranks):
+        """0 seconds when a rank was asked to stop, or who started the ranks is gone, here or elsewhere; else None."""
+        host = ranks[0].says["host"]
+        if asked := next((rank.name for rank in ranks if rank.says["asked"]), None):
+            self.stop_reason = f"{asked} was asked to stop"
             return 0.0
         for pid, start, name in ranks[0].says["launchers"]:
             if processes.find(Process(pid, start)) is None and any(rank.at_work for rank in ranks):
                 say(f"{name} (process {pid}) is gone; the ranks of this host stop at the next step")
+                self.stop_reason = f"{name} (host {host}, process {pid}) is gone"
                 return 0.0
+        if self.link is not None and self.link.stop and any(rank.at_work for rank in ranks):
+            say(f"told by another host: {self.link.stop}; the ranks stop at the next step")
+            self.stop_reason = self.link.stop
+            return 0.0
         return None
 
     def _suspended(self) -> bool:

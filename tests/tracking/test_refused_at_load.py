@@ -17,6 +17,7 @@ from data_contracts import load_contract
 from data_contracts.errors import UserError
 from pipeline.evaluation.review_cost import ScoredRows, review_record
 from pipeline.experts.bank import Bank
+from pipeline.placement.distributed import World
 from pipeline.report import final_report
 from pipeline.review import compare_reviews
 from pipeline.serving import Served
@@ -80,7 +81,7 @@ def published(tmp_path_factory, by_hand):
 
 
 def serve_contract(work_dir, name):
-    return Served(SimpleNamespace(work_dir=work_dir), as_of(work_dir)).contract("first")
+    return Served(SimpleNamespace(work_dir=work_dir, world=World(0, 1, None)), as_of(work_dir)).contract("first")
 
 
 def report(work_dir, name):
@@ -99,7 +100,7 @@ def read_bank(work_dir, name):
 def open_bank(work_dir, name):
     """As training and serving open it."""
     world = SimpleNamespace(on_main=lambda work: work())
-    return Job.open_bank(SimpleNamespace(world=world, bank=Bank(work_dir / "bank")), Path(name).stem)
+    return Job.open_bank(SimpleNamespace(storage=None, world=world, bank=Bank(work_dir / "bank")), Path(name).stem)
 
 
 def follow(work_dir, name):

@@ -2,7 +2,8 @@
 
     python host.py ROLE [ROLE ...]
 
-Unlike a real launcher it ends nobody: what ends is ended by the watchdog.
+Unlike a real launcher it ends nobody: what ends is ended by the watchdog. FIRST_RANK is the number of the first rank,
+0 unless there are other hosts.
 """
 
 import os
@@ -13,11 +14,12 @@ from pathlib import Path
 if __name__ == "__main__":
     roles = sys.argv[1:]
     size = os.environ.get("WORLD_SIZE", str(len(roles)))
+    first = int(os.environ.get("FIRST_RANK", "0"))
     ranks = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("play.py")), role],
             env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": str(len(roles))},
+            | {"RANK": str(first + rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": str(len(roles))},
         )
         for rank, role in enumerate(roles)
     ]

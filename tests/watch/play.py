@@ -5,6 +5,7 @@
 `works` reports for ever; `computes` and `sleeps` report once and then do as they say; `waits` sleeps in a place that
 looks like a collective; `holds` keeps the interpreter to itself; `deaf` is not moved by a request to stop; `fails`
 raises; `short` is done at once; `parent` has a child that sleeps. All but `deaf` end with 75 when they are to stop.
+With MEETING, a file that all hosts see, their watchdogs get in touch.
 """
 
 import ctypes
@@ -28,6 +29,8 @@ def play() -> int:
     stop.listen()
     stop.marker = lambda message: Path(os.environ["MARKER"]).write_text(message)
     watch.set_limits(float(os.environ["LIMIT"]), float(os.environ["GRACE"]))
+    if "MEETING" in os.environ:
+        meet(Path(os.environ["MEETING"]))
     watch.report(f"{role}: step 1")
     print(f"{os.environ['RANK']} ready", flush=True)
     if role == "short":
@@ -50,6 +53,20 @@ def play() -> int:
                 watch.report()
             time.sleep(0.05)
     return EXIT_STOPPED
+
+
+def meet(place: Path) -> None:
+    """Connect the watchdogs of the hosts in HOSTS, of which this is number HOST."""
+    own = int(os.environ["HOST"])
+    record = {"token": "a token of the tests", "hosts": os.environ["HOSTS"].split(","), "own": own}
+    if own == 0:
+        watch.join_watchdogs(record)
+        place.with_suffix(".new").write_text(str(watch.link_port()))
+        place.with_suffix(".new").rename(place)
+        return
+    while not place.is_file():
+        time.sleep(0.02)
+    watch.join_watchdogs(record | {"address": os.environ["MASTER_ADDR"], "port": int(place.read_text())})
 
 
 if __name__ == "__main__":
