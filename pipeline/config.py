@@ -129,6 +129,14 @@ class WatchConfig(Section):
     grace_seconds: float = Field(30, ge=1)  # from a request to stop to the end of the last rank
 
 
+class SpansConfig(Section):
+    """Where a run's time goes, rank by rank, below <work_dir>/spans (docs/OBSERVABILITY.md)."""
+
+    enabled: bool = True
+    every: int = Field(50, ge=1)  # steps from one that is written span by span to the next; of the others their sums
+    max_bytes: int = Field(64_000_000, ge=10_000)  # of each rank's files; the oldest are given up
+
+
 class StreamConfig(Section):
     """Everything `jobs/continual.py` needs to know (DESIGN section 6)."""
 
@@ -146,6 +154,7 @@ class StreamConfig(Section):
     gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
     watch: WatchConfig = WatchConfig()
+    spans: SpansConfig = SpansConfig()
     deepspeed: str = "deepspeed_configs/zero3.json"
     seed: int = Field(17, ge=0, lt=2**31)
 

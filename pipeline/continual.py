@@ -26,6 +26,7 @@ from pipeline.lock import WorkLock
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.report import final_report, print_start
+from pipeline.spans import record as spans
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.gate import gate
 from pipeline.stages.job import Job, leaving_no_garbage
@@ -102,7 +103,7 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
             if state == "rejected":
                 say(world, f"{task.task}: rejected before with these very inputs, not trained again")
             else:
-                with leaving_no_garbage():
+                with leaving_no_garbage(), spans.recording(config.spans, work_dir, world):
                     manifest = learn(job, task, prepared, history, backbone, tracker, stop)
                 history.add(manifest)
                 state = manifest.verdict
@@ -143,6 +144,7 @@ def learn(
     world, config = job.world, job.config
     job.seconds.clear()
     increment = next_increment(job, task.task, history)
+    spans.in_increment(increment.number)
     key = inputs_key(job, task, history, backbone)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     step_seconds: list[float] = []

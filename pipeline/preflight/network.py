@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import psutil
 
-ROUNDS = 9  # round trips of a clock measurement; the fastest one counts
+from pipeline.placement.clocks import ROUNDS, Offset, offset_of
+
 _TIME = struct.Struct("!d")
 
 
@@ -118,14 +119,6 @@ class Echo:
 
 
 @dataclass(frozen=True)
-class Offset:
-    """How far this clock is ahead of another one's: the truth lies within `seconds` +- `half_width`."""
-
-    seconds: float
-    half_width: float
-
-
-@dataclass(frozen=True)
 class Call:
     """What came of calling another host's `Echo`."""
 
@@ -153,15 +146,6 @@ def call(source: str, target: str, port: int, secret: str, limit: float) -> Call
         return Call(problem=f"no answer in {limit:g} s")
     except OSError as error:
         return Call(problem=error.strerror or str(error))
-
-
-def offset_of(trips: list[tuple[float, float, float]]) -> Offset:
-    """Our clock against another's from round trips (sent, other's time, received), by the fastest one.
-
-    The other read its clock somewhere between our two times: the middle, give or take half the trip (Cristian 1989).
-    """
-    sent, there, received = min(trips, key=lambda trip: trip[2] - trip[0])
-    return Offset((sent + received) / 2 - there, (received - sent) / 2)
 
 
 def _exactly(line: socket.socket, number: int) -> bytes:

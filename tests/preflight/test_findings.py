@@ -2,9 +2,10 @@
 
 import pytest
 
+from pipeline.placement.clocks import offset_of
 from pipeline.preflight.findings import Findings
 from pipeline.preflight.judge import judge_clocks, judge_memory
-from pipeline.preflight.network import backend_address, offset_of
+from pipeline.preflight.network import backend_address
 from pipeline.preflight.sizes import Sizes
 
 
