@@ -120,6 +120,7 @@ class TrackingConfig(Section):
     experiment: str = "perennial"
     registered_model: str | None = None  # default: the stream's name
     artifact_location: str | None = None
+    system_metrics: bool = False  # of every host, sampled by MLflow every 10 s, on the running increment's run
 
 
 class WatchConfig(Section):

@@ -36,6 +36,7 @@ from pipeline.stages.route import learn_router, with_router
 from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
 from pipeline.startup import StartClock
+from pipeline.tracking import system_metrics
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
@@ -151,6 +152,7 @@ def learn(
     if tracker is not None:
         with job.timed("tracking"):
             open_run(tracker, job, increment.number, task, key)
+    system_metrics.follow(config, world, tracker)
 
     startup: dict[str, Any] = {}
 
@@ -193,6 +195,7 @@ def learn(
     if tracker is not None:
         with job.timed("tracking"):
             tracker.published(manifest, inputs_key=key)
+    system_metrics.rest()
     say(world, f"increment {manifest.increment} {manifest.verdict}: {'; '.join(verdict.reasons) or 'all rules hold'}")
     return manifest
 
