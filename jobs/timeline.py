@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         lines = read_spans(folders_of(options.work_dir, options.more), options.increment)
         print(report(rank_times(lines)))
+        if any(line.get("device", "cpu") != "cpu" for line in lines):
+            print("devices worked beside their hosts: collectives show the host's time, and waiting lies in `backward`")
         if dropped := sum(line.get("lines", 0) for line in lines if line["name"] == "dropped"):
             print(f"{dropped} lines were dropped while the disk did not take them")
         which = "all increments" if options.increment is None else f"increment {options.increment}"

@@ -41,7 +41,9 @@ class Recorder:
         self._before: tuple[float, float, dict[str, float]] = (0.0, 0.0, {})
         self.writer = LineWriter(lambda: folder_of(work_dir) / f"rank{world.rank:05d}.jsonl", settings.max_bytes)
         clock = {"offset": self._offset.seconds, "half_width": self._offset.half_width}
-        self._write("clock", time.time(), 0.0, pid=os.getpid(), world_size=world.size, **clock)
+        self._write(
+            "clock", time.time(), 0.0, pid=os.getpid(), world_size=world.size, device=world.device.type, **clock
+        )
 
     @contextmanager
     def span(self, name: str, part: bool = False, **more: Any) -> Iterator[None]:
