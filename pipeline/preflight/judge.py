@@ -75,7 +75,8 @@ def judge_software(found: Findings, facts: list[Facts]) -> bool:
         together &= same or package not in ("python", "torch", "deepspeed")
     digests = [one["code"] for one in facts]
     found.equal("code", digests, [d[:SHORT] for d in digests], "deploy the same commit on every host")
-    _equal_or_error(found, "stream", [one["stream"] for one in facts], "copy stream and DeepSpeed file to every host")
+    remedy = "copy stream and DeepSpeed file to every host"
+    together &= _equal_or_error(found, "stream", [one["stream"] for one in facts], remedy)
     kinds = [f"{one['device']['name']}, {one['device']['backend']}" for one in facts]
     remedy = "set DS_ACCELERATOR alike on every host (.deepspeed_env), and see whether its driver is loaded"
     together &= found.equal("device, backend", kinds, kinds, remedy)
@@ -174,8 +175,8 @@ def judge_collectives(found: Findings, measured: list[list[Measured] | dict[str,
         found.show(f"{first.name} {_size(first.bytes)} ({first.note})", cells, problems)
 
 
-def _equal_or_error(found: Findings, name: str, told: list[Any], remedy: str) -> None:
-    """A row of digests that must be equal; a host that has none says why."""
+def _equal_or_error(found: Findings, name: str, told: list[Any], remedy: str) -> bool:
+    """A row of digests that must be equal; a host that has none says why. Whether they are."""
     failed = {host: one["error"] for host, one in enumerate(told) if isinstance(one, dict)}
     cells = ["cannot be used" if host in failed else one[:SHORT] for host, one in enumerate(told)]
     if failed:
@@ -184,8 +185,8 @@ def _equal_or_error(found: Findings, name: str, told: list[Any], remedy: str) ->
         differ = {h: f"{cells[h]}, not {common[:SHORT]}; {remedy}" for h, one in enumerate(told) if one in rest}
         failed |= {host: text for host, text in differ.items() if told[host] != common}
         found.show(name, cells, failed)
-    else:
-        found.equal(name, told, cells, remedy)
+        return False
+    return found.equal(name, told, cells, remedy)
 
 
 def _data_cell(told: dict[str, Any]) -> str:

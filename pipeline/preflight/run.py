@@ -11,11 +11,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from data_contracts.errors import UserError
+from pipeline.backbones.families import family_of
+from pipeline.backbones.load import load_config
 from pipeline.config import StreamConfig, build_method
 from pipeline.experts.attach import ExpertPlan
 from pipeline.placement.distributed import read_places, start_world
-from pipeline.placement.expert_parallel import join
-from pipeline.placement.learner import check_world, expert_parallel_size
+from pipeline.placement.expert_parallel import check_degrees, join
+from pipeline.placement.learner import expert_parallel_size
 from pipeline.preflight import judge
 from pipeline.preflight.collectives import LARGEST, Measured, measure
 from pipeline.preflight.findings import Findings
@@ -165,28 +167,34 @@ def judge_facts(
     """Rank 0's judgement: whether groups can be formed, and the sizes of the run where they can be told."""
     alike = judge.judge_software(found, facts)
     per_host = [len(own) for own in ranks]
+    loadable = all(isinstance(one["backbone"], str) for one in facts)  # else some ranks would be missing in the groups
     sizes = None
-    if "error" not in (facts[0]["backbone"] if isinstance(facts[0]["backbone"], dict) else {}):
-        with suppress(UserError):  # a backbone or degree that cannot be planned is refused by name elsewhere
+    if loadable:
+        model_config = load_config(config.backbone)
+        try:
+            check_degrees(expert_parallel_size(config), sum(per_host), family_of(model_config), model_config)
+        except UserError as error:
+            alike = False
+            found.show("expert-parallel", ["does not fit"] * len(facts), {0: str(error)})
+        with suppress(UserError):  # a backbone of which no memory can be planned is no hindrance
             sizes = sizes_of(config, plan, len(ranks), max(per_host))
     judge.judge_memory(found, facts, per_host, sizes)
     judge.judge_disk(found, facts, work_dir, [one["shares"] for one in facts])
     judge.judge_digests(found, facts)
-    return alike, asdict(sizes) if sizes else None
+    return alike and loadable, asdict(sizes) if sizes else None
 
 
 def exercise(talk: Talk, found: Findings, config: StreamConfig, sizes: Sizes | None) -> None:
     """Form the run's groups and use them once. Collective."""
     try:
         world = start_world(int(talk.limit))
-        check_world(config, world)
         parallel = join(expert_parallel_size(config))
         room = int(get_accelerator().available_memory(talk.place.local_rank)) // (16 * world.size)
         room = int(min(world.gather(room)))
         sizes = sizes or Sizes(0, 0, 0, 0, parallel.size if parallel else 1, 4)
         dtype = getattr(torch, config.backbone.dtype)
         said: Any = [asdict(one) for one in measure(world, parallel, sizes, dtype, min(room, LARGEST))]
-    except UserError as error:  # degrees that do not fit: the same on every rank
+    except UserError as error:  # the port was taken meanwhile
         said = {"error": str(error)}
     except (RuntimeError, torch.distributed.DistError) as error:
         said = {"error": " ".join(str(error).split())[:300]}

@@ -3,8 +3,9 @@
 import pytest
 
 from pipeline.placement.clocks import offset_of
+from pipeline.preflight.collectives import Measured
 from pipeline.preflight.findings import Findings
-from pipeline.preflight.judge import judge_clocks, judge_memory
+from pipeline.preflight.judge import judge_addresses, judge_clocks, judge_collectives, judge_memory
 from pipeline.preflight.network import backend_address
 from pipeline.preflight.sizes import Sizes
 
@@ -48,6 +49,25 @@ def test_memory_counts_all_ranks_of_a_host_against_nine_tenths_of_what_is_free()
     found = Findings(["a", "b"])
     judge_memory(found, [fact(8_900_000_000), fact(8_800_000_000)], [2, 2], sizes)  # 2 x 4 GB = 0.9 x 8.89 GB
     assert [line[:10] for line in found.red] == ["memory: b:"]
+
+
+def test_a_loopback_address_is_red_between_hosts_and_right_on_one():
+    def own(address):
+        return {"gloo": {"address": address, "chosen_by": "host name", "problem": None}}
+
+    found = Findings(["a", "b"])
+    assert not judge_addresses(found, [own("10.0.0.1"), own("127.0.1.1")], "gloo")
+    (line,) = found.red
+    assert line.startswith("gloo address: b: ") and "set GLOO_SOCKET_IFNAME" in line
+    assert judge_addresses(Findings(["a"]), [own("127.0.0.1")], "gloo")
+
+
+def test_wrong_sums_name_the_host_and_the_rank():
+    found = Findings(["a", "b"])
+    good, bad = (Measured("all-reduce", 1000, 0.001, right, "") for right in (True, False))
+    judge_collectives(found, [[good], [good], [good], [bad]], [0, 0, 1, 1])
+    (line,) = found.red
+    assert line.startswith("all-reduce 1.0 kB (): b: wrong values arrived at rank 3")
 
 
 def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch):

@@ -149,6 +149,19 @@ def test_a_host_that_does_not_come_or_cannot_reach_the_port_is_named_within_the_
     assert max(first["seconds"], third["seconds"]) < SOON + 8
 
 
+def test_a_host_without_the_backbone_and_a_degree_that_does_not_fit_end_before_any_group(driver, stream, tmp_path):
+    good, _ = stream
+    first, second = driver.launch((0, good), (1, [*good, "--set", f"backbone.path={tmp_path}"]))
+    assert (first["code"], second["code"]) == (1, 1) and "not tried" in row(first, "collectives")
+    (line,) = red(first)
+    assert line.startswith("backbone: host1: ") and "is not a folder with a config.json" in line
+    file = forked.ROOT / "deepspeed_configs" / "zero3_ep2.json"
+    first, second = driver.launch(*((host, [*good, "--set", f"deepspeed={file}"]) for host in (0, 1)))
+    (line,) = red(first)
+    assert line.startswith("expert-parallel: host0: ") and "has no routed experts" in line
+    assert max(first["seconds"], second["seconds"]) < 15
+
+
 def test_a_stranger_at_the_port_is_told_by_both_sides(driver, stream):
     good = [*stream[0], "--timeout", str(SOON)]
     first, second = driver.launch((0, good), (1, good), taken=True)
