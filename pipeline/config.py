@@ -126,6 +126,7 @@ class TrackingConfig(Section):
     experiment: str = "perennial"
     registered_model: str | None = None  # default: the stream's name
     artifact_location: str | None = None
+    system_metrics: bool = False  # of every host, sampled by MLflow every 10 s, on the running increment's run
 
 
 class StoreConfig(Section):
@@ -146,6 +147,14 @@ class WatchConfig(Section):
     grace_seconds: float = Field(30, ge=1)  # from a request to stop to the end of the last rank
 
 
+class SpansConfig(Section):
+    """Where a run's time goes, rank by rank, below <work_dir>/spans (docs/OBSERVABILITY.md)."""
+
+    enabled: bool = True
+    every: int = Field(50, ge=1)  # steps from one that is written span by span to the next; of the others their sums
+    max_bytes: int = Field(64_000_000, ge=10_000)  # of each rank's files; the oldest are given up
+
+
 class StreamConfig(Section):
     """Everything `jobs/continual.py` needs to know (DESIGN section 6)."""
 
@@ -164,6 +173,7 @@ class StreamConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     watch: WatchConfig = WatchConfig()
     store: StoreConfig | None = None  # null: published work stands in the work_dir alone
+    spans: SpansConfig = SpansConfig()
     deepspeed: str = "deepspeed_configs/zero3.json"
     seed: int = Field(17, ge=0, lt=2**31)
 

@@ -29,6 +29,7 @@ from pipeline.lock import WorkLock
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.report import final_report, print_start
+from pipeline.spans import record as spans
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.gate import gate
 from pipeline.stages.job import Job, leaving_no_garbage
@@ -39,6 +40,7 @@ from pipeline.stages.train import train
 from pipeline.stages.validate import check_task_names, validate
 from pipeline.startup import StartClock
 from pipeline.store.reconcile import open_in_step
+from pipeline.tracking import system_metrics
 from pipeline.tracking.chain import clean_left_overs, load_chain
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
@@ -110,7 +112,7 @@ def learn_stream(config: StreamConfig, until: str | None, stop: StopFlag, lock: 
             if state == "rejected":
                 say(world, f"{task.task}: rejected before with these very inputs, not trained again")
             else:
-                with leaving_no_garbage():
+                with leaving_no_garbage(), spans.recording(config.spans, work_dir, world):
                     manifest = learn(job, task, prepared, history, backbone, tracker, stop)
                 history.add(manifest)
                 state = manifest.verdict
@@ -151,12 +153,14 @@ def learn(
     world, config = job.world, job.config
     job.seconds.clear()
     increment = next_increment(job, task.task, history)
+    spans.in_increment(increment.number)
     key = inputs_key(job, task, history, backbone)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     step_seconds: list[float] = []
     if tracker is not None:
         with job.timed("tracking"):
             open_run(tracker, job, increment.number, task, key)
+    system_metrics.follow(config, world, tracker)
 
     startup: dict[str, Any] = {}
 
@@ -199,6 +203,7 @@ def learn(
     if tracker is not None:
         with job.timed("tracking"):
             tracker.published(manifest, inputs_key=key)
+    system_metrics.rest()
     say(world, f"increment {manifest.increment} {manifest.verdict}: {'; '.join(verdict.reasons) or 'all rules hold'}")
     return manifest
 

@@ -41,7 +41,9 @@ OPTIONS = """
     store
     gate.max_regression gate.min_metric gate.on_reject
     tracking.uri tracking.experiment tracking.registered_model tracking.artifact_location
+    tracking.system_metrics
     watch.limit_seconds watch.grace_seconds
+    spans.enabled spans.every spans.max_bytes
     method
 """
 OPTIONAL_OPTIONS = {  # of sections that may be null
@@ -247,6 +249,8 @@ def learned(stream: Path, *overrides: str) -> str:
         "tracking.uri=http://host",
         "training.save_every=1",
         "watch.limit_seconds=5",
+        "spans.enabled=false",
+        "tracking.system_metrics=true",
         "training.activation_checkpointing=true",
         "gate.on_reject=continue",
     ],

@@ -21,7 +21,7 @@ from pipeline.watch.rank import report
 SHOWN = 6  # differences of a host that are told
 ABSENT = "none"
 # where a host has its files is its own affair; watch and tracking decide no number
-_OWN_AFFAIR = {"work_dir", "data_roots", "tasks", "start_from", "deepspeed", "tracking", "watch"}
+_OWN_AFFAIR = {"work_dir", "data_roots", "tasks", "start_from", "deepspeed", "tracking", "watch", "spans"}
 
 
 def check_alike(config: StreamConfig, hosts: Hosts) -> dict[str, dict[str, str]]:

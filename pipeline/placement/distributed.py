@@ -107,15 +107,22 @@ class World:
             torch.distributed.barrier(group=self.control)
 
 
-def start_world(timeout_seconds: int = 1800) -> World:
-    """Join the job's process group; without a launcher this is a world of one.
-
-    Backend and device come from DeepSpeed's accelerator (nccl on CUDA, gloo on CPU).
+def read_places() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not: from SLURM's variables,
+    else for a world of one.
     """
     map_slurm(os.environ)
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, default)
     os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
+
+
+def start_world(timeout_seconds: int = 1800) -> World:
+    """Join the job's process group; without a launcher this is a world of one.
+
+    Backend and device come from DeepSpeed's accelerator (nccl on CUDA, gloo on CPU).
+    """
+    read_places()
     # DeepSpeed 0.19 still calls collectives by names that torch 2.13 calls old
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -14,6 +14,7 @@ from pipeline.evaluation.answers import Answers, answer_rows, row_scores, task_s
 from pipeline.evaluation.review_cost import ScoredRows, review_record
 from pipeline.evaluation.task_router import TaskRouter
 from pipeline.methods.protocol import Bundle, Increment, Method, bundle_digest
+from pipeline.spans.record import span
 from pipeline.stages.gate import ROUNDING
 from pipeline.stages.infer import Inferred, infer
 from pipeline.stages.job import Job
@@ -140,6 +141,11 @@ class Measured:
 
 def measure(job: Job, prepared: PreparedTask, bundle: Bundle, split: str) -> Measured:
     """Answer a split of a task under a bundle and score it. Collective."""
+    with span("score", part=True, task=prepared.task, split=split):
+        return _measure(job, prepared, bundle, split)
+
+
+def _measure(job: Job, prepared: PreparedTask, bundle: Bundle, split: str) -> Measured:
     rows = prepared.rows(split, getattr(job.config.rows, split), job.config.seed)
     job.serve(bundle)
     prompts, _ = rows.tokens(range(len(rows)))

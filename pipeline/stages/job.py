@@ -18,9 +18,9 @@ from pipeline.hosts.storage import Storage
 from pipeline.methods.protocol import PAST, PAST_WEIGHTS, Bundle, Method, own_of, past_of
 from pipeline.placement.distributed import World, return_freed_memory
 from pipeline.placement.learner import Learner
+from pipeline.spans.record import span
 from pipeline.startup import StartClock
 from pipeline.tensor_files import TensorFile
-
 
 _ALL_IN = 50  # blocks
 _blocks = itertools.count(1)
@@ -68,7 +68,8 @@ class Job:
         """Add the wall time of a block to a part of the running increment."""
         begin = time.perf_counter()
         try:
-            yield
+            with span({"register": "publish"}.get(part, part), part=True):
+                yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 

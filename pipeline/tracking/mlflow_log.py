@@ -80,6 +80,10 @@ class Tracker:
             self._courier.flush(_RUN_SECONDS)
         return self._courier.delivery.run_id(key) or ""
 
+    def run_key(self) -> str:
+        """What the increment's run is found by: its tag `perennial.key`."""
+        return self._key()
+
     def log_params(self, config: Mapping[str, Any]) -> None:
         """Log a nested configuration as `a.b.c` parameters. A value past MLflow's length ends in its sha256.
 

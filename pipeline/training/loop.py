@@ -21,6 +21,7 @@ from pipeline.files import sha256_text
 from pipeline.methods.protocol import Method
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
+from pipeline.spans.record import begin_step, each, end_step, span
 from pipeline.training.checks import check_gradients
 from pipeline.training.failure import TrainingFailed, failure, went_wrong
 from pipeline.training.inflight import Progressed, load_inflight, open_inflight, save_inflight
@@ -97,7 +98,8 @@ def train_rows(
         report(f"{title}: saving the state after step {done} of {total}")
         tensors = stream_state(learner.parameters)
         so_far = Progressed(key, done, continuations, consumed)
-        world.on_main(lambda: save_inflight(inflight, so_far, state_shapes(learner.parameters), tensors), tensors)
+        with span("save", part=True):
+            world.on_main(lambda: save_inflight(inflight, so_far, state_shapes(learner.parameters), tensors), tensors)
 
     coming = (
         batch for number in range(step, total) for batch in read_batches(world, settings, rows, batches[number], number)
@@ -106,20 +108,24 @@ def train_rows(
         while step < total:
             report(f"{title}: step {step + 1} of {total}")
             begin = time.monotonic()
+            begin_step(step + 1)
             chosen = batches[step]
             factor = rate(step, total, settings.warmup_fraction)
             for group in learner.engine.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor * (routed if group["routed"] else 1.0)
             sums = run_global_batch(learner, method, config, rows, chosen, step, seed, ready)
-            penalty = add_penalties(learner, penalties)
-            learner.engine.step()
+            with span("optimizer"):
+                penalty = add_penalties(learner, penalties)
+                learner.engine.step()
             step += 1
             consumed += len(chosen)
             norm = float(learner.engine.get_global_grad_norm() or 0.0)
             lost = not math.isfinite(norm) or norm < 0  # DeepSpeed says -1 for a norm that is no number
-            nll, answer_tokens, asked, lost, *terms = world.sum(
-                [*sums.totals, float(stop.requested), float(lost), *sums.terms.values()]
-            )
+            with span("wait"):  # for the slowest rank, all else being done
+                nll, answer_tokens, asked, lost, *terms = world.sum(
+                    [*sums.totals, float(stop.requested), float(lost), *sums.terms.values()]
+                )
+            end_step()
             loss = nll / answer_tokens
             # before the state is saved: the one on disk is from before this step
             if problem := went_wrong(loss, bool(lost), settings.max_loss_factor, vocab_size):
@@ -170,13 +176,15 @@ def run_global_batch(
     torch.manual_seed(int(sha256_text(f"dropout/{seed}/{step}/{world.rank}")[:15], 16))
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
-    for read in ready:
+    for read in each("data", ready):
         report()
         batch = read.to(world.device)
         learner.engine.set_gradient_accumulation_boundary(batch.last)
-        nll, added = forward(learner, method, batch)
-        learner.engine.backward(nll * (world.size / answer_tokens))
-        nll_sum += nll.item()
+        with span("forward"):
+            nll, added = forward(learner, method, batch)
+        with span("backward"):
+            learner.engine.backward(nll * (world.size / answer_tokens))
+            nll_sum += nll.item()  # a device that works beside the host is through with both passes here
         own_tokens += batch.target_weight.sum().item()
         for name, value in added.items():
             terms[name] = terms.get(name, 0.0) + value

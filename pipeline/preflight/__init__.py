@@ -1,0 +1,1 @@
+"""What is checked on every host before a run: docs/PREFLIGHT.md."""

@@ -1,0 +1,1 @@
+"""Where a run's time goes, rank by rank: docs/OBSERVABILITY.md."""
