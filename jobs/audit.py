@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import UserError
+from pipeline.credentials import refuse_password
 from pipeline.tracking.audit import audit, read_links
 from pipeline.tracking.audit_mlflow import unreachable
 from pipeline.tracking.finding import Finding
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", help="MLflow's address; default: the database in the work_dir")
     options = parser.parse_args(arguments)
     try:
+        refuse_password(options.tracking_uri, "--tracking-uri")
         findings = collect(options.work_dir, options.tracking_uri)
     except UserError as error:
         print(error, file=sys.stderr)
