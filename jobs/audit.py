@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import UserError
+from pipeline.credentials import refuse_password
 from pipeline.store.published import open_store
 from pipeline.store.reconcile import store_of
 from pipeline.tracking.audit import audit, read_links
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store-sizes", action="store_true", help="compare the sizes of the store's objects alone")
     options = parser.parse_args(arguments)
     try:
+        refuse_password(options.tracking_uri, "--tracking-uri")
         findings = collect(options.work_dir, options.tracking_uri, not options.store_sizes)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_contracts.errors import UserError
 from data_contracts.remote import refuse_credentials
 from data_contracts.yaml_text import parse_yaml
+from pipeline.credentials import REMEDY, password_keys, shown
 from pipeline.files import canonical_json, sha256_file, sha256_text
 
 MAX_STREAM_BYTES = 1_000_000
@@ -274,7 +275,7 @@ def load_stream(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     except OSError as error:
         raise UserError(f"{path}: cannot read the stream file ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({_one_line(error)}); correct the file") from error
+        raise UserError(f"{path}: not valid YAML ({shown(_one_line(error))}); correct the file") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a stream file is a mapping of keys to values; see jobs/streams/quickstart.yaml")
     return override_config(raw, overrides, str(path))
@@ -285,6 +286,8 @@ def override_config(raw: dict[str, Any], overrides: Sequence[str], where: str) -
     raw = copy.deepcopy(raw)
     for override in overrides:
         _apply_override(raw, override)
+    for key in password_keys(raw):
+        raise UserError(f"{where}: {key} holds a password or a token, which would be logged; {REMEDY}")
     try:
         return StreamConfig.model_validate(raw)
     except ValidationError as error:
@@ -307,18 +310,18 @@ def describe(error: ValidationError, prefix: str = "") -> str:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise UserError(f"--set {override}: write it as key.path=value, for example --set training.epochs=2")
+        raise UserError(f"--set {shown(override)}: write it as key.path=value, for example --set training.epochs=2")
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"--set {override}: '{parent}' is a value, not a section; correct the key path")
+            raise UserError(f"--set {shown(override)}: '{parent}' is a value, not a section; correct the key path")
         node = child
     try:
         node[last] = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"--set {shown(override)}: the value is not valid YAML ({shown(_one_line(error))})") from None
 
 
 def _one_line(error: Exception) -> str:

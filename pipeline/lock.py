@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from data_contracts.errors import UserError
+from pipeline.credentials import shown
 from pipeline.files import canonical_json, storage_error
 
 LOCK = "lock.json"
@@ -30,7 +31,7 @@ class WorkLock:
 
     def __init__(self, work_dir: Path | str, command: list[str] | None = None) -> None:
         self.path = Path(work_dir) / LOCK
-        self.command = shlex.join(sys.argv if command is None else command)
+        self.command = shown(shlex.join(sys.argv if command is None else command))
         self._fd: int | None = None
 
     def acquire(self, break_lock: bool = False) -> "WorkLock":

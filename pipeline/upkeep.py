@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
+from pipeline.credentials import shown
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic, writing
 from pipeline.store.published import Store, reached_objects
@@ -221,6 +222,6 @@ def tell_mlflow(work_dir: Path) -> list[str]:
         tracker.catch_up(history)
         tracker.close()
     except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        reason = shown(" ".join(f"{type(error).__name__} {error}".split()))[:300]
         return [f"MLflow was not told ({reason}); the next run of jobs/continual.py tells it"]
     return []

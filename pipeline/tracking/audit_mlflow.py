@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from pipeline.credentials import shown
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.manifest import Entry
 from pipeline.tracking.registry import (
@@ -33,7 +34,7 @@ def mlflow_findings(registry: Registry, manifests: Iterable[Entry], waiting: Col
 
 def unreachable(error: Exception) -> Finding:
     """The finding that MLflow, or a part of it, could not be compared."""
-    return Finding("MLflow", False, f"cannot be compared: {str(error).strip().partition(chr(10))[0]}")
+    return Finding("MLflow", False, f"cannot be compared: {shown(str(error)).strip().partition(chr(10))[0]}")
 
 
 def _compare(registry: Registry, manifests: Iterable[Entry], waiting: Collection[str]) -> Iterator[Finding]:

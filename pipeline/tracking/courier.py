@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from pipeline.credentials import shown
 from pipeline.tracking.delivery import Delivery, is_outage
 from pipeline.tracking.outbox import Outbox
 
@@ -76,7 +77,8 @@ class Courier:
         self.problem, self._pause, self._not_before, self._thread = None, _FIRST_PAUSE, 0.0, None
 
     def _failed(self, error: Exception) -> None:
-        if self.problem is None and (self.delivery.was_opened or is_outage(error)):
+        passing = self.delivery.was_opened or is_outage(error)
+        if passing if self.problem is None else is_outage(self.problem) and not passing:
             warn(
                 f"MLflow at {self.outbox.uri} takes nothing at present ({short(error)}); the work goes on, what it is "
                 f"to be told waits in {self.outbox.folder} and is delivered when it answers"
@@ -87,8 +89,8 @@ class Courier:
 
 
 def short(error: Exception, most: int = 200) -> str:
-    """An error as one line of at most `most` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error as one line of at most `most` characters, without a password."""
+    text = shown(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]}..."
 
 

@@ -9,36 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig
-from pipeline.files import canonical_json
+from pipeline.files import canonical_json, sha256_file
+from pipeline.tracking.chain import INCREMENTS
 from pipeline.tracking.manifest import MANIFEST, Entry, parse_manifest
 from pipeline.tracking.outbox import Event
 from pipeline.tracking.registry import (
     Registry,
     aliases_of,
-    equals,
     open_client,
     row_metrics,
     run_tags,
     version_tags,
 )
+from pipeline.tracking.sharing import KEY_TAG, claim_model, find_experiment, find_run
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-KEY_TAG = "perennial.key"  # finds a run again: a digest, since a path may hold characters a search cannot quote
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # entries of one call
 _MAX_DATASET_DIGEST = 36  # characters
+_DATABASE_ERROR = "https://sqlalche.me/e/"  # a server calls a connection that its database closed a bad request
 _MAX_FILES = 100  # file names shown with a dataset; all of them are in its digest
 
 
 class Delivery:
     """Applies events to one MLflow server or database. Used by one thread at a time."""
 
-    def __init__(self, work_dir: Path, stream_name: str, settings: TrackingConfig, uri: str, registered_model: str):
+    def __init__(
+        self, work_dir: Path, stream_name: str, settings: TrackingConfig, uri: str, registered_model: str, owner: str
+    ):
         import mlflow  # noqa: F401  by the thread that opens, not by the one that delivers: it costs seconds
 
         self.work_dir, self.stream_name, self.settings = work_dir, stream_name, settings
         self.uri, self.registered_model = uri, registered_model
+        self.owner = owner  # `stream_key` of the stream
         self._opened = False
         self.was_opened = False  # ever: what fails afterwards is no mistake in the address or a name
         self._runs: dict[str, str] = {}  # run id by key
@@ -51,9 +55,9 @@ class Delivery:
             return
         _quieten()
         self.client = open_client(self.uri)
-        self.experiment_id = self._experiment()
+        self.experiment_id = find_experiment(self.client, self.settings.experiment, self._location())
         self.registry = Registry(self.client, self.registered_model)
-        self._model()
+        claim_model(self.client, self.registered_model, self.owner, self.stream_name, self.work_dir, self._manifests)
         self._opened = self.was_opened = True
 
     def forget(self) -> None:
@@ -85,31 +89,20 @@ class Delivery:
         else:
             raise ValueError(f"outbox: {event.kind!r} is no kind of event; it was written by another version of this")
 
-    def _experiment(self) -> str:
-        experiment = self.client.get_experiment_by_name(self.settings.experiment)
-        if experiment is not None:
-            return experiment.experiment_id
-        location = self.settings.artifact_location
-        if location is None and not self.uri.startswith(("http://", "https://")):
-            location = (self.work_dir / "mlartifacts").as_uri()  # a server knows its own place, a database does not
-        return self.client.create_experiment(self.settings.experiment, artifact_location=location)
+    def _location(self) -> str | None:
+        """Where artifacts of a new experiment go: a server knows its own place, a database does not."""
+        if self.settings.artifact_location is None and not self.uri.startswith(("http://", "https://")):
+            return (self.work_dir / "mlartifacts").as_uri()
+        return self.settings.artifact_location
 
-    def _model(self) -> None:
-        """Make the registered model if there is none: a name MLflow refuses then shows before anything is trained."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.get_registered_model(self.registered_model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            self.client.create_registered_model(self.registered_model)
+    def _manifests(self) -> set[str]:
+        return {sha256_file(path) for path in (self.work_dir / INCREMENTS).glob(f"*/{MANIFEST}")}
 
     def _search(self, key: str) -> str | None:
         if key not in self._runs:
-            found = self.client.search_runs([self.experiment_id], equals(f"tags.`{KEY_TAG}`", key), max_results=1)
-            if found:
-                self._runs[key] = found[0].info.run_id
+            run_id = find_run(self.client, self.experiment_id, key)
+            if run_id is not None:
+                self._runs[key] = run_id
         return self._runs.get(key)
 
     def _find(self, key: str) -> str:
@@ -232,7 +225,7 @@ def is_outage(error: Exception) -> bool:
 
     if isinstance(error, MlflowException):
         passing = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
-        return error.error_code in passing
+        return error.error_code in passing or _DATABASE_ERROR in str(error)
     return isinstance(error, (OSError, OperationalError, InterfaceError))
 
 

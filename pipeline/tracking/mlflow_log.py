@@ -7,7 +7,6 @@ first delivers what that one could not.
 """
 
 import json
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
+from pipeline.credentials import refuse_password, shown
 from pipeline.files import canonical_json, sha256_text
 from pipeline.tracking.chain import INCREMENTS
 from pipeline.tracking.courier import Courier, short, warn
@@ -23,6 +23,7 @@ from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, RUN, Change, Entry, Manifest
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.registry import default_uri
+from pipeline.tracking.sharing import identity, stream_key
 
 SHOWN_FILES = ("report.png", "row.json", "review.json", MANIFEST)  # of an increment's folder, where it has them
 _MAX_VALUE = 6000  # characters of a parameter's value in MLflow
@@ -42,23 +43,29 @@ class Tracker:
         if any(character in self.registered_model for character in "'/:"):
             raise UserError(f"tracking.registered_model: {self.registered_model!r} holds a quote, / or :; rename it")
         self.uri = settings.uri or default_uri(self.work_dir)
+        refuse_password(self.uri, "tracking.uri")
+        refuse_password(settings.artifact_location, "tracking.artifact_location")
         self.shown_uri = shown(self.uri)
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        delivery = Delivery(self.work_dir, stream_name, settings, self.uri, self.registered_model)
+        self._identity = identity(self.work_dir)
+        owner = stream_key(stream_name, self.work_dir, self._identity)
+        delivery = Delivery(self.work_dir, stream_name, settings, self.uri, self.registered_model, owner)
         self._courier = Courier(Outbox(self.work_dir, self.shown_uri), delivery)
         told = self._courier.flush(_OPEN_SECONDS)
         problem = self._courier.problem
         if problem is None and not told:
             warn(f"MLflow at {self.shown_uri} has not answered in {_OPEN_SECONDS:.0f} s; the work goes on without it")
+        elif isinstance(problem, UserError):
+            raise problem
         elif problem is not None and not is_outage(problem) and not delivery.was_opened:
             raise UserError(
                 f"tracking.uri {self.shown_uri!r}: MLflow cannot use it ({short(problem)}); correct `tracking`"
             ) from problem
         from mlflow.tracking.context.registry import resolve_tags
 
-        self._context = resolve_tags()  # who started this, from where
-        key = ["stream", stream_name, str(self.work_dir)]
-        self._stream = self._spec(stream_name, key, {"stream": stream_name}, None)
+        tags = resolve_tags()  # who started this, from where; the address of a git remote may hold a token
+        self._context = {key: shown(value) for key, value in tags.items()}
+        self._stream = self._spec(stream_name, owner, {"stream": stream_name}, None)
         self._increment: dict[str, Any] | None = None
         self.task = ""
         self._courier.send("run", self._stream)
@@ -90,11 +97,11 @@ class Tracker:
         MLflow's parameters never change: where a continued increment runs with another value (another work place,
         say), the new value becomes the tag `continued.<key>`.
         """
-        self._courier.send("params", {"run": self._key(), "values": {k: _cut(v) for k, v in flatten(config)}})
+        self._courier.send("params", {"run": self._key(), "values": {k: _cut(shown(v)) for k, v in flatten(config)}})
 
     def log_inputs(self, split: str, digest: str, rows: int, source: str | Sequence[str], context: str) -> None:
         """Log one split as a dataset input: its sha256 (cut as MLflow demands, whole in the tags), rows and sources."""
-        files = [source] if isinstance(source, str) else list(source)
+        files = [shown(file) for file in ([source] if isinstance(source, str) else source)]
         about = {"task": self.task, "split": split, "digest": digest, "rows": rows, "files": files, "context": context}
         self._courier.send("inputs", {"run": self._key(), **about})
 
@@ -152,14 +159,15 @@ class Tracker:
         return self._courier.flush(seconds)
 
     def _attempt(self, number: int, task: str, inputs_key: str) -> dict[str, Any]:
-        key = ["increment", self.stream_name, str(self.work_dir), number, task, inputs_key]
+        place = ["increment", self.stream_name, str(self.work_dir), *self._identity]
+        key = sha256_text(canonical_json([*place, number, task, inputs_key]))
         tags = {"stream": self.stream_name, "task": task, "increment": str(number)}
         return self._spec(f"{number:04d}-{task}", key, tags, self._stream["key"])
 
-    def _spec(self, name: str, key: list, tags: dict[str, str], parent: str | None) -> dict[str, Any]:
+    def _spec(self, name: str, key: str, tags: dict[str, str], parent: str | None) -> dict[str, Any]:
         """What a run is found by, and made of where there is none."""
         tags = self._context | tags | {"work_dir": str(self.work_dir)}
-        return {"key": sha256_text(canonical_json(key)), "name": name, "tags": tags, "parent": parent}
+        return {"key": key, "name": name, "tags": tags, "parent": parent}
 
     def _key(self) -> str:
         if self._increment is None:
@@ -183,11 +191,6 @@ def how_to_open(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return f"open {shown(uri)}"
     return f"mlflow ui --backend-store-uri {shlex.quote(shown(uri))}   # then open http://127.0.0.1:5000"
-
-
-def shown(uri: str) -> str:
-    """An address without the password in it, for people and files."""
-    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", uri)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

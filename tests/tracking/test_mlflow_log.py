@@ -19,10 +19,10 @@ from pipeline.tracking.registry import Registry, open_registry
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def settings(registered):
-    """Another experiment and model in the database of the session, so that it is created once."""
-    return TrackingConfig(uri=registered.uri, experiment="scratch", registered_model="scratch")
+@pytest.fixture
+def settings(registered, tmp_path):
+    """Another experiment in the database of the session, which is created once, and a model of the test's own."""
+    return TrackingConfig(uri=registered.uri, experiment="scratch", registered_model=tmp_path.name)
 
 
 @pytest.fixture
@@ -197,12 +197,13 @@ def test_a_continued_launch_finds_its_runs_again_and_sets_them_running(tmp_path,
 
 def test_another_attempt_stream_or_work_dir_is_another_run(tmp_path, settings, client):
     tracker = Tracker(tmp_path, "scratch", settings)
+    other_model = lambda name: settings.model_copy(update={"registered_model": f"{tmp_path.name}-{name}"})  # noqa: E731
     runs = [
         opened(tracker, 1, "tweets", "key"),
         opened(tracker, 1, "tweets", "other data"),
         opened(tracker, 2, "tweets", "key"),
-        opened(Tracker(tmp_path, "scratch_2", settings), 1, "tweets", "key"),
-        opened(Tracker(tmp_path / "it's", "scratch", settings), 1, "tweets", "key"),
+        opened(Tracker(tmp_path, "scratch_2", other_model("2")), 1, "tweets", "key"),
+        opened(Tracker(tmp_path / "it's", "scratch", other_model("3")), 1, "tweets", "key"),
     ]
     assert len(set(runs)) == 5
     assert len({parent_of(client, run) for run in runs}) == 3
