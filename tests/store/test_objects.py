@@ -95,16 +95,14 @@ def test_what_cannot_be_a_store_is_refused(s3, uri, message):
     assert "word" not in str(error.value).replace("password", "")
 
 
-@pytest.mark.parametrize(
-    "section",
-    [{"store": {"uri": "s3://me:word@bucket/x"}}, {"backbone": {"path": "s3://me:word@bucket/x"}},
-     {"data_roots": ["s3://me:word@bucket/x"]}],
-)  # fmt: skip
-def test_a_stream_with_a_password_in_a_uri_is_refused_without_repeating_it(tmp_path, section):
-    stream = stream_dict(tmp_path, tmp_path, tmp_path, [tmp_path / "task.yaml"], **section)
+@pytest.mark.parametrize("key", ["store.uri", "backbone.path", "data_roots"])
+def test_a_stream_with_a_password_in_a_uri_is_refused_without_repeating_it(tmp_path, key):
+    stream = stream_dict(tmp_path, tmp_path, tmp_path, [tmp_path / "task.yaml"])
+    uri = '"s3://me:word@bucket/x"'
+    override = f"{key}=[{uri}]" if key == "data_roots" else f"{key}={uri}"
     with pytest.raises(UserError, match=r"holds a user name or a password.*set the environment") as error:
-        override_config(stream, [], "stream.yaml")
-    assert "me:word" not in str(error.value) and next(iter(section)) in str(error.value)
+        override_config(stream, [override], "stream.yaml")
+    assert "me:word" not in str(error.value) and key in str(error.value)
     with pytest.raises(UserError, match="a contract's source holds a user name or a password"):
         resolve_source("s3://me:word@bucket/x.parquet", ["s3://bucket"])
 
