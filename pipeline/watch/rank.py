@@ -36,7 +36,7 @@ STATE_BYTES = 2048
 _WATCHDOG = Path(__file__).with_name("watchdog.py")
 # where a rank without work waits for others: the innermost Python frame of some thread lies in one of these. DeepSpeed
 # and autograd wait for collectives at many places of theirs
-_COLLECTIVES = ("/torch/", "/deepspeed/")
+_COLLECTIVES = ("/torch/", "/deepspeed/", "/pipeline/spans/collectives.py")
 # where it waits for a server, MLflow's or a remote store's, with a time limit of its own
 _BOUNDED = ("/pipeline/tracking/courier.py", "/fsspec/")
 
