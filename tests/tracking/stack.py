@@ -100,7 +100,7 @@ class Stack:
             "fsync=off",
         ]
         self._start("database", [*self._setpriv(), self._program("postgres"), *arguments], {"PATH": os.environ["PATH"]})
-        ready = [self._program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", port]
+        ready = [self._program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.database_port)]
         self._wait("database", lambda: subprocess.run(ready).returncode == 0)
 
     def start_server(self) -> None:
