@@ -33,7 +33,7 @@ if [ "$$devices" -eq 0 ]; then \
 fi
 endef
 
-.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-failures proof-faults fuzz lint clean
+.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-failures proof-faults proof-tracking fuzz lint clean
 
 help:
 	@echo "make quickstart   set up, make the demo's model and data, learn $(STREAM)"
@@ -44,6 +44,7 @@ help:
 	@echo "make proof-loading   load a 3 GB mixture of experts on 4 processes: bytes read, peak memory (3 minutes)"
 	@echo "make proof-failures  kill, stop and wedge ranks and launchers of 13 jobs: times, exit codes, who was named (5 minutes)"
 	@echo "make proof-faults    kill runs of three increments at some 80 moments, continue them, compare to the bit (8 CPU minutes)"
+	@echo "make proof-tracking  two jobs at once on MLflow and PostgreSQL, both killed under them (needs the extra server)"
 	@echo "make fuzz         20,000 hostile and broken inputs to every reader of contracts, streams, rows, adapters and published files"
 	@echo "make lint         ruff check and format check"
 	@echo "make venv         set up only: $(VENV)"
@@ -87,6 +88,9 @@ proof-failures: $(STAMP)
 
 proof-faults: $(STAMP)
 	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; exec python -m tests.faults.driver
+
+proof-tracking: $(STAMP)
+	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; exec python -m pytest -q -s -m long tests/tracking/test_two_streams.py
 
 fuzz: $(STAMP)
 	@$(ENVIRONMENT); exec python -m tests.fuzz.driver --count 20000
