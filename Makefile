@@ -33,7 +33,7 @@ if [ "$$devices" -eq 0 ]; then \
 fi
 endef
 
-.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-failures proof-faults proof-store proof-hosts fuzz lint clean
+.PHONY: help venv quickstart quickstart-moe test proof-moe proof-plan proof-loading proof-failures proof-faults proof-store proof-hosts proof-tracking fuzz lint clean
 
 help:
 	@echo "make quickstart   set up, make the demo's model and data, learn $(STREAM)"
@@ -46,6 +46,7 @@ help:
 	@echo "make proof-faults    kill runs of three increments at some 80 moments, continue them, compare to the bit (8 CPU minutes)"
 	@echo "make proof-store     kill publishing, restoring and retiring before every request and file operation of theirs (4 minutes)"
 	@echo "make proof-hosts     2 and 3 hosts in namespaces of this machine: the same bits, every failure, ten commands (root; 25 minutes)"
+	@echo "make proof-tracking  two jobs at once on MLflow and PostgreSQL, both killed under them (needs the extra server)"
 	@echo "make fuzz         20,000 hostile and broken inputs to every reader of contracts, streams, rows, adapters and published files"
 	@echo "make lint         ruff check and format check"
 	@echo "make venv         set up only: $(VENV)"
@@ -95,6 +96,9 @@ proof-store: $(STAMP)
 
 proof-hosts: $(STAMP)
 	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; python -m tests.cluster.driver && exec python -m pytest -q -m long tests/cluster
+
+proof-tracking: $(STAMP)
+	@$(ENVIRONMENT); export OMP_NUM_THREADS=1; exec python -m pytest -q -s -m long tests/tracking/test_two_streams.py
 
 fuzz: $(STAMP)
 	@$(ENVIRONMENT); exec python -m tests.fuzz.driver --count 20000

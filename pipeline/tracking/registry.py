@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported, which is done late
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own 120 and 7 retries make a server
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # that hangs cost a quarter of an hour a call
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # that hangs cost a quarter of an hour a call, and a
+# request sent twice may make a run twice; the courier tries again, and looks first
 
 DATABASE = "mlflow.db"
 CANDIDATE, CHAMPION = "candidate", "champion"  # registered-model aliases

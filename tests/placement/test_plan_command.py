@@ -91,3 +91,17 @@ def test_a_plan_loads_neither_torch_nor_transformers_nor_deepspeed():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "CODE 0 []"
+
+
+def test_the_sizing_table_of_the_cluster_guide_is_what_its_commands_print(capsys):
+    text = (COMMAND.parents[1] / "docs" / "CLUSTER.md").read_text().partition("## Sizing")[2].partition("\n## ")[0]
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("    python jobs/plan.py ")]
+    assert [arguments[1] for arguments in commands] == ["hunyuan-a13b", "hunyuan-large", "hy3-preview"]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 12
+    for column, arguments in enumerate(commands, start=1):
+        _, out, _ = run(capsys, *arguments)
+        printed = out.replace(", of which a token passes ", " / ")
+        assert "this world                            fits" in out
+        for row in rows[1:]:
+            assert f" {row[column]}" in printed, row

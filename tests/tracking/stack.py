@@ -87,18 +87,8 @@ class Stack:
 
     def start_database(self) -> None:
         """Start PostgreSQL and wait until it answers."""
-        arguments = [
-            "-D",
-            str(self.database / "data"),
-            "-k",
-            "",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            str(self.database_port),
-            "-c",
-            "fsync=off",
-        ]
+        place = ["-D", str(self.database / "data"), "-k", "", "-h", "127.0.0.1", "-p", str(self.database_port)]
+        arguments = [*place, "-c", "fsync=off"]
         self._start("database", [*self._setpriv(), self._program("postgres"), *arguments], {"PATH": os.environ["PATH"]})
         ready = [self._program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.database_port)]
         self._wait("database", lambda: subprocess.run(ready).returncode == 0)

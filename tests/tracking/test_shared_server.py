@@ -5,7 +5,6 @@ has the long version, with real jobs (test_two_streams.py).
 import base64
 import signal
 import threading
-import time
 
 import pytest
 from mlflow import MlflowClient
@@ -41,9 +40,10 @@ def environment(stack, monkeypatch):
     monkeypatch.setattr(mlflow_log, "_RUN_SECONDS", 0.0)
 
 
-def learn(stack, work_dir, name, by_hand, moment=lambda name: None, seed=0):
+def learn(stack, work_dir, name, by_hand, moment=lambda: None, seed=0, opened=lambda tracker: None):
     """Three increments as a job logs them; `moment` is called between them."""
     tracker = Tracker(work_dir, name, TrackingConfig(uri=stack.uri))
+    opened(tracker)
     for manifest, staged in by_hand.increments(work_dir):
         number = manifest.increment
         tracker.increment(number, manifest.task, f"inputs {number}")
@@ -52,7 +52,7 @@ def learn(stack, work_dir, name, by_hand, moment=lambda name: None, seed=0):
             tracker.log_metrics(step, {"loss": seed + step / 16})
         publish(work_dir, staged, manifest)
         tracker.published(manifest, ["row.json"], f"inputs {number}")
-        moment(f"after {number}")
+        moment()
     tracker.close()
     return tracker
 
@@ -62,15 +62,16 @@ def test_streams_that_start_at_once_on_an_empty_server_and_lose_it_in_the_middle
 ):
     """Server killed after the first increment of all, PostgreSQL killed after the second; each back later."""
     together = threading.Barrier(len(STREAMS) + 1)
-    done, failed = {}, []
+    trackers, failed = {}, []
 
-    def moment(name):
+    def moment():
         together.wait(120)  # everybody is here
         together.wait(120)  # what is to happen has happened
 
     def work(seed, name):
         try:
-            done[name] = learn(stack, tmp_path / name, name, by_hand, moment, seed)
+            keep = lambda tracker: trackers.update({name: tracker})  # noqa: E731
+            learn(stack, tmp_path / name, name, by_hand, moment, seed, keep)
         except BaseException as error:
             failed.append(error)
             together.abort()
@@ -84,8 +85,8 @@ def test_streams_that_start_at_once_on_an_empty_server_and_lose_it_in_the_middle
     together.wait(120)  # all have logged a whole increment to nobody
     assert all(read_outbox(tmp_path / name)[0] for name in STREAMS)
     stack.start_server()
-    while not all(len(runs_of(client(stack), "perennial", tmp_path / name)) >= 2 for name in STREAMS):
-        time.sleep(0.1)
+    assert all(tracker.flush(60) for tracker in trackers.values())  # what was waiting is told
+    assert all("0002-tweets" in runs_of(client(stack), "perennial", tmp_path / name) for name in STREAMS)
     stack.end("database", signal.SIGQUIT)  # as at a power cut
     together.wait(120)
     together.wait(120)
@@ -93,8 +94,8 @@ def test_streams_that_start_at_once_on_an_empty_server_and_lose_it_in_the_middle
     together.wait(120)
     for thread in threads:
         thread.join(120)
-    assert failed == [] and sorted(done) == sorted(STREAMS)
-    assert all(tracker.flush(60) and tracker.waiting == 0 for tracker in done.values())
+    assert failed == [] and sorted(trackers) == sorted(STREAMS)
+    assert all(tracker.flush(60) and tracker.waiting == 0 for tracker in trackers.values())
 
     for seed, name in enumerate(STREAMS):
         runs = runs_of(client(stack), "perennial", tmp_path / name)
