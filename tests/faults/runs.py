@@ -113,12 +113,12 @@ def broken_run(inputs: Inputs, unbroken: Unbroken, faults: Iterable[Fault], fold
 
 def published(work_dir: Path) -> dict[str, str]:
     """sha256 of every file that a repeated run writes again to the bit; of the others (prepared rows, quarantine,
-    strays) the name alone. run.json, MLflow's own files and the lock are left out.
+    strays) the name alone. run.json, spans and MLflow's own files are left out.
     """
     sealed = ("bank/", "increments/", "champion.json", "finished.json")
     files = {}
     for name, sha in digests(work_dir).items():
-        if not name.startswith(("mlflow.db", "mlartifacts/")) and not name.endswith("/run.json"):
+        if not name.startswith(("mlflow.db", "mlartifacts/", "spans/")) and not name.endswith("/run.json"):
             files[name] = sha if name.startswith(sealed) else "there"
     return files
 
