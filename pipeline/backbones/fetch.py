@@ -40,6 +40,16 @@ def local_backbone(path: str) -> str:
     return _fetched(path, os.getpid()) if "://" in path else path
 
 
+def backbone_bytes(path: str) -> int:
+    """What a backbone's files hold, in bytes; of a URI as its listing says. Raises UserError where a URI cannot be
+    read; a folder that is not there holds nothing.
+    """
+    if "://" in path:
+        return sum(size for size, _ in _listing(path).values())
+    folder = Path(path)
+    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
+
+
 @functools.lru_cache(maxsize=4)
 def _fetched(uri: str, process: int) -> str:
     listing = _listing(uri)

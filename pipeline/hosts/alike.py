@@ -65,7 +65,7 @@ def own_facts(config: StreamConfig, hosts: Hosts, files: dict[str, dict[str, str
         facts |= {f"{name} version": version for name, version in library_versions().items()}
         facts["code of data_contracts/ and pipeline/"] = code_digest()
         facts |= settings(config)
-        facts[f"backbone.path {config.backbone.path}"] = backbone_digest(config.backbone.path)
+        facts["the files of backbone.path"] = backbone_digest(config.backbone.path)
     for number in share:
         if number:
             path = config.tasks[number - 1]

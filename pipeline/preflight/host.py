@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from data_contracts import load_contract
 from data_contracts.errors import UserError
+from pipeline.backbones.fetch import backbone_bytes
 from pipeline.backbones.load import backbone_digest, load_tokenizer
 from pipeline.config import StreamConfig
 from pipeline.data.ingest import source_digests
@@ -86,10 +87,10 @@ def task_digest(path: str, config: StreamConfig) -> dict[str, Any]:
 
 
 def hashing_seconds(config: StreamConfig) -> float:
-    """How long this host may take for its digests, at the least speed that is reckoned with."""
-    folder = Path(config.backbone.path)
-    weights = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-    return (weights + source_bytes(config.tasks, config.data_roots)) / HASHED_PER_SECOND
+    """How long this host may take for its digests, and to fetch what is behind a URI, at the least speed that is
+    reckoned with.
+    """
+    return (backbone_bytes(config.backbone.path) + source_bytes(config.tasks, config.data_roots)) / HASHED_PER_SECOND
 
 
 def free_memory() -> int:

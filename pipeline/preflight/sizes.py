@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_contracts import load_contract
 from data_contracts.contract import TrainShare
 from data_contracts.errors import UserError
 from data_contracts.readers import open_file
 from data_contracts.sources import resolve_source
+from pipeline.backbones.fetch import local_backbone
 from pipeline.config import StreamConfig
 from pipeline.experts.attach import ExpertPlan
 from pipeline.placement.architecture import load_architecture
@@ -37,7 +37,7 @@ class Sizes:
 
 def sizes_of(config: StreamConfig, plan: ExpertPlan | None, hosts: int, ranks_per_host: int) -> Sizes:
     """Of one rank of a run on so many hosts. Raises UserError where the backbone is not one that can be planned."""
-    architecture = load_architecture(str(Path(config.backbone.path)))
+    architecture = load_architecture(local_backbone(config.backbone.path))
     placement = placement_of(config, hosts, ranks_per_host)
     workload = workload_of(config, placement.world)
     check(architecture, placement, workload)
@@ -111,7 +111,7 @@ def workload_of(config: StreamConfig, world: int) -> Workload:
 
 def written_bytes(config: StreamConfig, plan: ExpertPlan | None, source_bytes: int) -> int:
     """What the run leaves in the work_dir, at most: shards of the data, every task's experts, the in-flight state."""
-    architecture = load_architecture(str(Path(config.backbone.path)))
+    architecture = load_architecture(local_backbone(config.backbone.path))
     trained = trainable_of(architecture, method_of(config, plan)).parameters
     # of each task its experts; of the running one values and two moments, the old file beside the new one
     experts = FP32 * trained * (len(config.tasks) + 2 * 3)
