@@ -1,11 +1,8 @@
 """What can go wrong with files behind a URI, as one sentence without credentials."""
 
-import re
 import sys
 
-from data_contracts.errors import UserError
-
-_USER_INFO = re.compile(r"//[^/@\s]*@")
+from data_contracts.credentials import shown
 
 
 def remote_errors() -> tuple[type[Exception], ...]:
@@ -19,15 +16,6 @@ def remote_errors() -> tuple[type[Exception], ...]:
 
 
 def told(error: BaseException) -> str:
-    """An error in one line, without a user name or password that its text may repeat from an address."""
+    """An error in one line, without a password that its text may repeat from an address or the environment."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-    return _USER_INFO.sub("//", text)[:300]
-
-
-def refuse_credentials(uri: str, key: str) -> None:
-    """Raise UserError, without the URI, where it holds a user name or password: they come from the environment."""
-    if _USER_INFO.search(uri):
-        raise UserError(
-            f"{key} holds a user name or a password, which would be written down with every run; leave them "
-            "out and set the environment (for s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or a profile)"
-        )
+    return shown(text)[:300]

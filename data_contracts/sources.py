@@ -7,8 +7,9 @@ from pathlib import Path
 
 import fsspec
 
+from data_contracts.credentials import refuse_password
 from data_contracts.errors import UserError
-from data_contracts.remote import refuse_credentials, remote_errors, told
+from data_contracts.remote import remote_errors, told
 
 _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_PATTERN, _MAX_DEPTH = 1024, 100
@@ -58,7 +59,7 @@ def source_name(path: str, roots: list[str | Path]) -> str:
 
 
 def _refuse_tricks(pattern: str) -> None:
-    refuse_credentials(pattern, "a contract's source")
+    refuse_password(pattern, "a contract's source")
     if len(pattern) > _MAX_PATTERN or pattern.count("/") > _MAX_DEPTH:
         raise UserError(
             f"{pattern[:40]!r}... has over {_MAX_PATTERN} characters or {_MAX_DEPTH} folders; give it a shorter name"

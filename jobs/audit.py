@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_contracts.credentials import refuse_password
 from data_contracts.errors import UserError
-from pipeline.credentials import refuse_password
 from pipeline.store.published import open_store
 from pipeline.store.reconcile import store_of
 from pipeline.tracking.audit import audit, read_links

@@ -17,10 +17,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_contracts.credentials import REMEDY, password_keys, shown
 from data_contracts.errors import UserError
-from data_contracts.remote import refuse_credentials
 from data_contracts.yaml_text import parse_yaml
-from pipeline.credentials import REMEDY, password_keys, shown
 from pipeline.files import canonical_json, sha256_file, sha256_text
 
 MAX_STREAM_BYTES = 1_000_000
@@ -39,11 +38,6 @@ class BackboneConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     revision: str | None = None
     trust_remote_code: Literal[False] = False  # code from a checkpoint is never run; the key stands here to say so
-
-    @field_validator("path")
-    @classmethod
-    def _without_credentials(cls, path: str) -> str:
-        return without_credentials(path)
 
 
 class RowsConfig(Section):
@@ -135,11 +129,6 @@ class StoreConfig(Section):
 
     uri: str  # s3://bucket/prefix, or a folder; credentials come from the environment
 
-    @field_validator("uri")
-    @classmethod
-    def _without_credentials(cls, uri: str) -> str:
-        return without_credentials(uri)
-
 
 class WatchConfig(Section):
     """How long ranks may keep a job waiting (docs/RELIABILITY.md). Both in seconds."""
@@ -178,11 +167,6 @@ class StreamConfig(Section):
     deepspeed: str = "deepspeed_configs/zero3.json"
     seed: int = Field(17, ge=0, lt=2**31)
 
-    @field_validator("data_roots")
-    @classmethod
-    def _roots_without_credentials(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(without_credentials, roots))
-
     @field_validator("tasks")
     @classmethod
     def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -217,15 +201,6 @@ class StreamConfig(Section):
             "router": self.router.model_dump(mode="json") if self.router else None,
             "gate": self.gate.model_dump(mode="json", exclude={"on_reject"}),
         }
-
-
-def without_credentials(uri: str) -> str:
-    """The URI or path itself. Raises ValueError, without it, where it holds a user name or a password."""
-    try:
-        refuse_credentials(uri, "the URI")
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    return uri
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from data_contracts.credentials import shown
 from data_contracts.errors import UserError
-from pipeline.credentials import shown
 from pipeline.files import canonical_json, storage_error
 
 LOCK = "lock.json"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data_contracts.credentials import shown
 from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
-from pipeline.credentials import shown
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic, writing
 from pipeline.store.published import Store, reached_objects

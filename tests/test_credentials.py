@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from data_contracts.credentials import holds_password, shown
 from data_contracts.errors import UserError
 from jobs import audit as audit_command
 from pipeline.config import TrackingConfig, override_config
-from pipeline.credentials import holds_password, shown
 from pipeline.lock import WorkLock
 from pipeline.tracking.courier import short
 from pipeline.tracking.mlflow_log import Tracker

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import fsspec
 
+from data_contracts.credentials import refuse_password
 from data_contracts.errors import UserError
-from data_contracts.remote import refuse_credentials, remote_errors, told
+from data_contracts.remote import remote_errors, told
 from pipeline.files import atomic_file, fsync_dir, sha256_bytes, write_atomic
 
 BLOCK_BYTES = 16 << 20  # of a file held in memory at a time; the size of an S3 upload's parts
@@ -61,7 +62,7 @@ def open_objects(uri: str) -> Objects:
     """The objects below a URI or a folder. Raises UserError for a file system without the two operations, one whose
     package is not installed, and a URI with a password.
     """
-    refuse_credentials(uri, "store.uri")
+    refuse_password(uri, "store.uri")
     protocol, separator, path = uri.partition("://")
     if not separator or protocol in ("file", "local"):
         return LocalObjects(Path(path if separator else uri).expanduser().resolve())

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from pipeline.credentials import shown
+from data_contracts.credentials import shown
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.manifest import Entry
 from pipeline.tracking.registry import (

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from pipeline.credentials import shown
+from data_contracts.credentials import shown
 from pipeline.tracking.delivery import Delivery, is_outage
 from pipeline.tracking.outbox import Outbox
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_contracts.credentials import refuse_password, shown
 from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
-from pipeline.credentials import refuse_password, shown
 from pipeline.files import canonical_json, sha256_text
 from pipeline.tracking.chain import INCREMENTS
 from pipeline.tracking.courier import Courier, short, warn

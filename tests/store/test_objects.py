@@ -87,7 +87,7 @@ def test_of_four_processes_at_once_two_create_two_names_and_one_moves_the_pointe
     ("uri", "message"),
     [("memory://x", "of memory:// neither conditional creation nor compare-and-swap is known"),
      ("s3://", "names no bucket"),
-     ("s3://me:word@bucket/x", "holds a user name or a password")],
+     ("s3://me:word@bucket/x", "holds a password or a token")],
 )  # fmt: skip
 def test_what_cannot_be_a_store_is_refused(s3, uri, message):
     with pytest.raises(UserError, match=message) as error:
@@ -100,10 +100,10 @@ def test_a_stream_with_a_password_in_a_uri_is_refused_without_repeating_it(tmp_p
     stream = stream_dict(tmp_path, tmp_path, tmp_path, [tmp_path / "task.yaml"])
     uri = '"s3://me:word@bucket/x"'
     override = f"{key}=[{uri}]" if key == "data_roots" else f"{key}={uri}"
-    with pytest.raises(UserError, match=r"holds a user name or a password.*set the environment") as error:
+    with pytest.raises(UserError, match=r"holds a password or a token.*set it in the environment") as error:
         override_config(stream, [override], "stream.yaml")
     assert "me:word" not in str(error.value) and key in str(error.value)
-    with pytest.raises(UserError, match="a contract's source holds a user name or a password"):
+    with pytest.raises(UserError, match="a contract's source: holds a password or a token"):
         resolve_source("s3://me:word@bucket/x.parquet", ["s3://bucket"])
 
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
+from data_contracts.credentials import shown
 from data_contracts.errors import UserError
 from jobs import audit as command
 from pipeline.config import TrackingConfig
-from pipeline.credentials import shown
 from pipeline.tracking import courier, mlflow_log
 from pipeline.tracking.audit import audit
 from pipeline.tracking.chain import load_chain, publish

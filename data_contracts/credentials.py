@@ -12,7 +12,8 @@ from data_contracts.errors import UserError
 
 REMEDY = (
     "leave it out and set it in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-    "MLFLOW_TRACKING_TOKEN, for an MLflow server; PGPASSWORD for PostgreSQL; the variables of the store for files"
+    "MLFLOW_TRACKING_TOKEN, for an MLflow server; PGPASSWORD for PostgreSQL; AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or a profile, for s3://"
 )
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://([^\s'\"<>]*)")
 _QUERY = re.compile(r"([?&;][^=&;\s]*(?:password|passwd|pwd|token|secret|_key)=)[^&;\s'\"<>]+", re.IGNORECASE)
@@ -41,16 +42,23 @@ def holds_password(text: str) -> bool:
     return _QUERY.sub(r"\1***", _URI.sub(_without_userinfo, text)) != text
 
 
-def password_keys(config: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a nested configuration whose texts hold a password in an address."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            yield from password_keys(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(config, (list, tuple)):
-        for index, value in enumerate(config):
-            yield from password_keys(value, f"{prefix}[{index}]")
-    elif isinstance(config, str) and holds_password(config):
-        yield prefix
+def password_keys(config: Any) -> Iterator[str]:
+    """The dotted keys of a nested configuration whose texts hold a password in an address. What stands in it several
+    times, as YAML's aliases make it, is looked at once.
+    """
+    seen: set[int] = set()
+    ahead = [("", config)]
+    while ahead:
+        prefix, value = ahead.pop()
+        if isinstance(value, str):
+            if holds_password(value):
+                yield prefix
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                ahead += [(f"{prefix}.{key}" if prefix else str(key), part) for key, part in value.items()]
+            else:
+                ahead += [(f"{prefix}[{index}]", part) for index, part in enumerate(value)]
 
 
 def secret_values() -> set[str]:
