@@ -25,6 +25,7 @@ from pipeline.tracking.sharing import KEY_TAG, claim_model, find_experiment, fin
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # entries of one call
 _MAX_DATASET_DIGEST = 36  # characters
@@ -195,24 +196,31 @@ class Delivery:
         rows = row_metrics(manifest)
         self._row(run_id, time, manifest.increment, rows)
         self._row(self._find(data["run"]["parent"]), time, manifest.increment, rows)
+        artifacts = self._artifacts(run_id)
         for path in (self.work_dir / name for name in data["artifacts"]):
             if path.is_dir():
-                self.client.log_artifacts(run_id, str(path), path.name)
+                artifacts.log_artifacts(str(path), path.name)
             else:
-                self.client.log_artifact(run_id, str(path))
+                artifacts.log_artifact(str(path))
         for key, value in run_tags(manifest).items():
             self.client.set_tag(run_id, key, value)
         self.client.set_terminated(run_id, "FINISHED", time)
-        version = self._version(manifest, run_id)
+        version = self._version(manifest, run_id, self.work_dir / data["manifest"])
         for alias in aliases_of(manifest):
             if self.registry.alias(alias) < int(version.version):
                 self.client.set_registered_model_alias(self.registered_model, alias, version.version)
 
-    def _version(self, manifest: Entry, run_id: str) -> "ModelVersion":
+    def _artifacts(self, run_id: str) -> "ArtifactRepository":
+        """Where a run's files go. The client's own `log_artifact` keeps one of these for each run, with its threads."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(self.client.get_run(run_id).info.artifact_uri, tracking_uri=self.uri)
+
+    def _version(self, manifest: Entry, run_id: str, path: Path) -> "ModelVersion":
         version = self.registry.find_version(manifest.sha256)
         if version is not None:
             return version
-        self.client.log_text(run_id, manifest.to_bytes().decode("utf-8"), f"increment/{MANIFEST}")
+        self._artifacts(run_id).log_artifact(str(path), "increment")
         tags = version_tags(manifest) | {"stream": self.stream_name, "work_dir": str(self.work_dir)}
         source = f"{self.client.get_run(run_id).info.artifact_uri}/increment"
         return self.client.create_model_version(self.registered_model, source, run_id=run_id, tags=tags)
