@@ -150,7 +150,7 @@ class Rule(_Model):
 
 
 class TaskContract(_Model):
-    """One task's contract (DESIGN 5). Immutable; unknown keys are refused."""
+    """One task's contract. Immutable; unknown keys are refused."""
 
     task: str = Field(pattern=TASK_PATTERN)
     version: str = Field(pattern=SEMVER_PATTERN)

@@ -5,9 +5,9 @@ python jobs/benchmark.py scale --out scale.json
 python jobs/benchmark.py router --backbone demo/backbone --data FOLDER --out router.json --tasks dbpedia amazon
 python jobs/benchmark.py quality --suite mtl5 --data FOLDER --backbone demo/backbone --out docs/results
 
-FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label). docs/SPEED.md,
-docs/SCALE.md and docs/RESULTS.md say what is measured and how. Exit 0, 2 after a message on what to mend, 75 where
-`quality` was stopped: the same command goes on.
+FOLDER has one folder a task with {train,validation,test}.parquet (columns text and label; for `quality` those that
+docs/RESULTS.md names). docs/SPEED.md, docs/SCALE.md and docs/RESULTS.md say what is measured and how. Exit 0, 2 after a
+message on what to mend; of `quality` also 1 where a cell failed, 75 where it was stopped: the same command goes on.
 """
 
 import argparse

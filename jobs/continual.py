@@ -1,7 +1,8 @@
 """Learn every task of a stream that is not learned yet: `deepspeed jobs/continual.py --stream FILE [--set k=v]...`.
 
-Exit codes: 0 done, 2 bad configuration or contract, 3 rejected by the gate, 75 stopped on request with the state saved,
-1 any other failure. The work_dir's `finished.json` says the same, since a launcher can exit 0 after its own death.
+Exit codes: 0 done, 2 refused or given up with a sentence on what to mend (a contract, a full disk, a loss that is no
+number), 3 rejected by the gate, 75 stopped on request with the state saved, 1 any other failure. The work_dir's
+`finished.json` says the same, since a launcher can exit 0 after its own death.
 """
 
 import argparse

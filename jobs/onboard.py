@@ -80,7 +80,10 @@ def _tokenizer(backbone: str):
     try:
         return AutoTokenizer.from_pretrained(backbone, use_fast=True, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the backbone {backbone} has no usable tokenizer ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"the backbone {backbone} has no usable tokenizer ({str(error).splitlines()[0]}); "
+            "fetch it again or name another"
+        ) from None
 
 
 def _draft(data: str, task: str, roots: list[str], out: str | None) -> None:
@@ -90,7 +93,10 @@ def _draft(data: str, task: str, roots: list[str], out: str | None) -> None:
         return
     if Path(out).exists():
         raise UserError(f"{out} exists already; name another file or remove it")
-    Path(out).write_text(text, encoding="utf-8")
+    try:
+        Path(out).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); make its folder or name another file") from error
     print(f"Wrote {out}. Fill in the lines marked OWNER, then run: python jobs/onboard.py check {out}")
 
 

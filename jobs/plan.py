@@ -3,7 +3,7 @@
 python jobs/plan.py --backbone hunyuan-a13b --nodes 4 --gpus-per-node 8 --expert-parallel 8
 python jobs/plan.py --backbone path/to/config.json --zero-stage 2 --method sequential --json plan.json
 
-Exit 0 also where it does not fit: the verdict says so. docs/plan.md says what is counted.
+Exit 0 also where it does not fit: the verdict says so. docs/PLAN.md says what is counted.
 """
 
 import argparse

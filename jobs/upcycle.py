@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
 from data_contracts.errors import UserError
 from pipeline.backbones.load import backbone_digest, load_config
 from pipeline.backbones.upcycle import upcycle

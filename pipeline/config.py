@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_contracts.credentials import REMEDY, password_keys, shown
-from data_contracts.errors import UserError
+from data_contracts.errors import UserError, one_line
 from data_contracts.yaml_text import parse_yaml
 from pipeline.files import canonical_json, sha256_file, sha256_text
 
@@ -36,7 +36,8 @@ class BackboneConfig(Section):
 
     path: str  # folder, or URI of one, with config.json, *.safetensors and the tokenizer
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    revision: str | None = None
+    # of the files, as manifests name it (at least 12 of its 64 digits): another backbone is refused
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{12,64}$")
     trust_remote_code: Literal[False] = False  # code from a checkpoint is never run; the key stands here to say so
 
 
@@ -146,7 +147,7 @@ class SpansConfig(Section):
 
 
 class StreamConfig(Section):
-    """Everything `jobs/continual.py` needs to know (DESIGN section 6)."""
+    """Everything `jobs/continual.py` needs to know: a stream file."""
 
     stream: str = Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")
     work_dir: str
@@ -190,7 +191,7 @@ class StreamConfig(Section):
         return Path(self.work_dir).expanduser().resolve()
 
     def learning(self) -> dict[str, Any]:
-        """What decides the learned numbers: no paths, hosts, addresses or placement (DESIGN section 7)."""
+        """What decides the learned numbers: no paths, hosts, addresses or placement."""
         started = {task: adapter_digest(folder) for task, folder in self.start_from.items()}
         return ({"start_from": started} if started else {}) | {
             "seed": self.seed,
@@ -250,7 +251,7 @@ def load_stream(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     except OSError as error:
         raise UserError(f"{path}: cannot read the stream file ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({shown(_one_line(error))}); correct the file") from error
+        raise UserError(f"{path}: not valid YAML ({shown(one_line(error))}); correct the file") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a stream file is a mapping of keys to values; see jobs/streams/quickstart.yaml")
     return override_config(raw, overrides, str(path))
@@ -296,8 +297,4 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         node[last] = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {shown(override)}: the value is not valid YAML ({shown(_one_line(error))})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise UserError(f"--set {shown(override)}: the value is not valid YAML ({shown(one_line(error))})") from None

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from data_contracts.errors import UserError
-from pipeline.backbones.load import backbone_digest, load_config, load_tokenizer
+from pipeline.backbones.load import load_config, load_tokenizer, pinned_digest
 from pipeline.config import StoreConfig, StreamConfig, build_method
 from pipeline.data.batching import check_batch_sizes
 from pipeline.data.tokens import PreparedTask, open_shards
@@ -57,7 +57,7 @@ FINISHED, STOPPED = "finished.json", "stopped.json"
 
 def run_stream(config: StreamConfig, until: str | None, stop: StopFlag, break_lock: bool = False) -> int:
     """Learn every task of the stream that is not learned yet, up to `until`, as the work_dir's one writer. Returns the
-    exit code (DESIGN section 8).
+    exit code: 0, or 3 where the gate rejected an increment.
 
     Raises UserError for what the user can mend, StoppedOnRequest (state saved) when asked to stop.
     """
@@ -343,7 +343,7 @@ def step_metrics(step: StepLog) -> dict[str, float]:
 def backbone_record(config: StreamConfig) -> dict[str, str]:
     """Digest, type and dtype of the backbone, for the manifest."""
     model_type = load_config(config.backbone).model_type
-    return {"digest": backbone_digest(config.backbone.path), "model_type": model_type, "dtype": config.backbone.dtype}
+    return {"digest": pinned_digest(config.backbone), "model_type": model_type, "dtype": config.backbone.dtype}
 
 
 def mark(work_dir: Path, name: str, content: dict[str, Any]) -> None:

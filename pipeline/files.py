@@ -78,6 +78,11 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     fsync_dir(path.parent)
 
 
+def seed_of(text: str) -> int:
+    """A random generator's seed from what is drawn for, the same on every machine: below 2^60."""
+    return int(sha256_text(text)[:15], 16)
+
+
 def write_atomic(path: Path | str, data: bytes) -> None:
     """Write `data` to `path` as `atomic_file` does."""
     with atomic_file(path) as file:
@@ -99,9 +104,9 @@ def storage_error(error: OSError, path: Path | str | None = None) -> UserError:
     """A full disk, a read-only folder or a failing device as one sentence."""
     where = error.filename or path or "the disk"
     if error.errno in _FULL:
-        remedy = "free some space there or name a work_dir on another disk"
+        remedy = "free some space there or name a place on another disk"
     elif error.errno in _CLOSED:
-        remedy = "make it writable or name another work_dir"
+        remedy = "make it writable or name another folder"
     else:
         remedy = "check the path and the disk"
     return UserError(

@@ -8,7 +8,7 @@ import torch
 from data_contracts.errors import UserError
 from pipeline.config import StreamConfig
 from pipeline.data.tokens import PreparedTask
-from pipeline.files import canonical_json, sha256_text
+from pipeline.files import canonical_json, seed_of, sha256_text
 from pipeline.methods.protocol import Bundle, Increment, Method
 from pipeline.stages.job import Job
 from pipeline.stages.route import router_of
@@ -84,7 +84,7 @@ def measurable(
     """
     chosen = {task.task: task}
     earlier = [name for name in history.learned if name != task.task]
-    draw = int(sha256_text(f"earlier_tasks/{seed}/{history.length + 1}")[:15], 16)
+    draw = seed_of(f"earlier_tasks/{seed}/{history.length + 1}")
     for place in torch.randperm(len(earlier), generator=torch.Generator().manual_seed(draw)).tolist():
         if earlier_tasks is not None and len(chosen) > earlier_tasks:
             break

@@ -15,7 +15,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `long` run only where `-m` asks for them: `make proof-moe`, `make proof-plan`."""
+    """Tests marked `long` run only where `-m` asks for them, as the Makefile's proofs do."""
     if "long" not in (config.option.markexpr or ""):
         left_out = [item for item in items if item.get_closest_marker("long")]
         if left_out:

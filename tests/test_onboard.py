@@ -114,6 +114,8 @@ def test_a_draft_never_overwrites_a_file(folder, capsys):
     assert onboard.main(["draft", "--data", "mine.csv", "--task", "moods", "--out", "moods.yaml"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert Path("moods.yaml").read_text() == "mine"
+    assert onboard.main(["draft", "--data", "mine.csv", "--task", "moods", "--out", "none/moods.yaml"]) == 2
+    assert "none/moods.yaml cannot be written (No such file or directory); make its folder" in capsys.readouterr().err
 
 
 def test_data_elsewhere_needs_its_folder_as_root(folder, capsys, monkeypatch):

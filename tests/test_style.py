@@ -27,3 +27,11 @@ def test_no_file_is_longer_than_the_limit():
     }
     assert lengths, "no code was found"
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_every_command_runs_from_a_checkout_that_is_not_installed():
+    commands = sorted((ROOT / "jobs").glob("*.py"))
+    assert len(commands) > 10
+    for command in commands:
+        before_imports = command.read_text(encoding="utf-8").partition("\nfrom data_contracts")[0]
+        assert "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))" in before_imports, command.name

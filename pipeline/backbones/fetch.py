@@ -3,9 +3,8 @@
     <cache>/backbones/<sha256 of URI and listing>/...        the folder, whole or not there
     <cache>/backbones/<sha256 of URI and listing>.lock       held by the process that fetches it
 
-<cache> is $PERENNIAL_CACHE, else $XDG_CACHE_HOME/perennial, else ~/.cache/perennial. The listing is the name, size and
-version (ETag, or time of change) of every file that a backbone is made of, as the store gives it now: another backbone
-under the same URI is another folder.
+<cache> is pipeline/cache.py's folder. The listing is the name, size and version (ETag, or time of change) of every file
+that a backbone is made of, as the store gives it now: another backbone under the same URI is another folder.
 """
 
 import fcntl
@@ -22,10 +21,10 @@ import fsspec
 
 from data_contracts.errors import UserError
 from data_contracts.remote import remote_errors, told
+from pipeline.cache import cache_folder
 from pipeline.files import atomic_file, canonical_json, fsync_dir, sha256_file, sha256_text, writing
 from pipeline.watch import rank as watch
 
-CACHE = "PERENNIAL_CACHE"
 SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})  # nothing else of a folder is read
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 _BLOCK_BYTES = 16 << 20
@@ -62,12 +61,6 @@ def _fetched(uri: str, process: int) -> str:
             if not _is_whole(folder, listing):
                 _fetch(uri, listing, folder)
     return str(folder)
-
-
-def cache_folder() -> Path:
-    """Where this host keeps what it fetched."""
-    base = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "perennial"
-    return Path(base).expanduser().absolute()
 
 
 def read_config_text(uri: str) -> str:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data_contracts.errors import UserError
+from data_contracts.errors import UserError, one_line
 from pipeline.backbones import attention
 from pipeline.backbones.families import Family, family_of
 from pipeline.backbones.fetch import SUFFIXES, local_backbone
@@ -42,12 +42,13 @@ def load_config(config: BackboneConfig) -> PreTrainedConfig:
             with safe_open(file, framework="pt"):  # reads the header and holds it against the file's length
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({_one_line(error)}); fetch the backbone again") from error
+            raise UserError(f"{file} cannot be read ({one_line(error)}); fetch the backbone again") from error
     try:
-        return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise UserError(
-            f"backbone.path '{config.path}': transformers cannot read its config.json ({_one_line(error)})"
+            f"backbone.path '{config.path}': transformers cannot read its config.json ({one_line(error)}); "
+            "fetch the backbone again or name another"
         ) from error
 
 
@@ -55,13 +56,17 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerFast:
     """The backbone's fast tokenizer. Raises UserError where there is none or it names no end-of-sequence token."""
     path = local_backbone(config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"backbone.path '{config.path}': transformers cannot read its tokenizer ({_one_line(error)})"
+            f"backbone.path '{config.path}': transformers cannot read its tokenizer ({one_line(error)}); "
+            "put its tokenizer.json and tokenizer_config.json there"
         ) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UserError(f"backbone.path '{config.path}' needs a fast tokenizer with an end-of-sequence token")
+        raise UserError(
+            f"backbone.path '{config.path}' needs a fast tokenizer with an end-of-sequence token; "
+            "put a tokenizer.json and a tokenizer_config.json with eos_token there"
+        )
     return tokenizer
 
 
@@ -96,5 +101,12 @@ def backbone_digest(path: str) -> str:
     return sha256_text(canonical_json({name: sha256_file(folder / name) for name in names}))
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def pinned_digest(config: BackboneConfig) -> str:
+    """The digest. Raises UserError where `revision` names another backbone."""
+    digest = backbone_digest(config.path)
+    if config.revision is not None and not digest.startswith(config.revision):
+        raise UserError(
+            f"backbone.path '{config.path}' has the digest {digest}, backbone.revision asks for {config.revision}; "
+            "fetch that backbone again, or correct the revision"
+        )
+    return digest

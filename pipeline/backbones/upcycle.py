@@ -107,7 +107,7 @@ def upcycle(
         opened = {name: file for file in files for name in list(file.keys())}
         _check_tensors(opened, config)
         target.mkdir(parents=True, exist_ok=True)
-        shards = list(_shards(_tensors(opened, config, num_experts), shard_bytes))
+        shards = list(_shards(_tensors(opened, num_experts), shard_bytes))
         weight_map = {}
         for index, shard in enumerate(shards, start=1):
             file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
@@ -167,7 +167,7 @@ def _is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _tensors(opened: dict, config: PreTrainedConfig, num_experts: int) -> Iterator[_Tensor]:
+def _tensors(opened: dict, num_experts: int) -> Iterator[_Tensor]:
     """Every tensor of the result, layer by layer."""
     routed = FAMILIES["mixtral"].routed
     renamed = {f"mlp.{ours}": theirs for ours, theirs in zip(PROJECTIONS, routed.saved_experts, strict=True)}

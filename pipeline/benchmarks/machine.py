@@ -3,13 +3,12 @@
 import os
 import platform
 import resource
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.tracking.versions import code_digest, library_versions
+from pipeline.tracking.versions import code_digest, library_versions, package_version
 
 PEERS = ("peft", "accelerate", "pydantic", "tokenizers")  # versions that the manifest's list lacks
 
@@ -28,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_software() -> dict[str, str]:
     """Library versions and the digest of this code."""
-    return {**library_versions(), **{name: _version(name) for name in PEERS}, "code": code_digest()}
+    return {**library_versions(), **{name: package_version(name) for name in PEERS}, "code": code_digest()}
 
 
 def peak_bytes() -> int:
@@ -53,10 +52,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "uninstalled"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_contracts.errors import UserError
-from pipeline.files import sha256_text
+from pipeline.files import seed_of
 
 
 def row_order(num_rows: int, epochs: int, seed: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def select_rows(num_rows: int, limit: int | None, seed: int, name: str) -> np.nd
     """At most `limit` row numbers, ascending, drawn from (seed, name) alone."""
     if limit is None or limit >= num_rows:
         return np.arange(num_rows)
-    generator = np.random.default_rng([seed, int(sha256_text(name)[:15], 16)])
+    generator = np.random.default_rng([seed, seed_of(name)])
     return np.sort(generator.permutation(num_rows)[:limit])
 
 

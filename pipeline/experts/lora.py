@@ -18,7 +18,7 @@ from torch import nn
 from data_contracts.errors import UserError
 from pipeline.backbones.families import ATTENTION_PROJECTIONS, PROJECTIONS, Family
 from pipeline.config import Section
-from pipeline.files import sha256_text
+from pipeline.files import seed_of
 
 SCORE_SPREAD = 0.01  # scores of sub-experts start uniform from 0 to this
 
@@ -122,6 +122,6 @@ def initial_value(name: str, shape: tuple[int, ...], seed: str, first_expert: in
         low, high = (-bound, bound) if kind == "lora_A" else (0.0, SCORE_SPREAD)
         keys = [f"{seed}/{name}/{first_expert + e}" for e in range(shape[0])] if len(shape) == 3 else [f"{seed}/{name}"]
         for key, part in zip(keys, value if len(shape) == 3 else [value], strict=True):
-            generator = torch.Generator().manual_seed(int(sha256_text(key)[:15], 16))
+            generator = torch.Generator().manual_seed(seed_of(key))
             part.uniform_(low, high, generator=generator)
     return value

@@ -2,7 +2,7 @@
 common.
 
 Who sees the work_dir is found out, not configured: rank 0 puts a file into it, and every rank looks. Ranks that do not
-see it use a cache folder of theirs, `$XDG_CACHE_HOME/perennial` (`~/.cache/perennial`; TMPDIR where there is no home):
+see it use a cache folder of theirs (pipeline/cache.py):
 
     prepared/<task>/<digest>/   token shards, named as in the work_dir, made from the host's own copy of the data
     quarantine/                 rejected rows, as in the work_dir
@@ -15,7 +15,6 @@ import fcntl
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from data_contracts.errors import UserError
+from pipeline.cache import cache_folder
 from pipeline.files import storage_error, writing
 from pipeline.hosts.meeting import Hosts
 from pipeline.placement.distributed import World
@@ -164,18 +164,6 @@ def appears(path: Path, seconds: float = LOOK_SECONDS) -> bool:
         if time.monotonic() >= end or not path.parent.is_dir():
             return False
         time.sleep(0.1)
-
-
-def cache_folder() -> Path:
-    """This host's folder for what can be made again."""
-    chosen = os.environ.get("XDG_CACHE_HOME") or (os.path.expanduser("~/.cache"))
-    for base in (chosen, os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")):
-        folder = Path(base) / "perennial"
-        with suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid():
-                return folder
-    raise UserError(f"{chosen}/perennial: cannot be written; set XDG_CACHE_HOME to a folder of your own on this host")
 
 
 def new_copies(root: Path) -> Path:

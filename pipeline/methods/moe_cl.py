@@ -27,7 +27,7 @@ from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.discriminator import AdversaryStep, Negatives
 from pipeline.experts.dual_ffn import ExpertFFN
 from pipeline.experts.lora import LoraOptions
-from pipeline.files import sha256_text
+from pipeline.files import seed_of
 from pipeline.methods.protocol import Bundle, Increment, PlainLora, RetentionOptions, Tensors
 
 MAX_STARTS = 8  # earlier tasks' experts that a warm start tries
@@ -79,7 +79,7 @@ class MoeCL(PlainLora):
 
     def start(self, increment: Increment) -> dict[str, str | None]:
         """Shared expert and gate go on from the latest increment, a known task from its own dedicated expert."""
-        latest = increment.bundles[increment.order[-1]] if increment.order else {}
+        latest = increment.latest
         own = increment.bundles.get(increment.task, {})
         gate = own.get("gate") if self.options.gate == "per_task" else None
         return {
@@ -107,7 +107,7 @@ class MoeCL(PlainLora):
 
     def states_needed(self, increment: Increment) -> tuple[str, ...]:
         """The earlier tasks that this increment's discriminator tells apart, drawn by seed."""
-        earlier = [task for task in increment.order if task != increment.task and increment.states.get(task)]
+        earlier = [task for task in increment.earlier if increment.states.get(task)]
         if not self.num_discriminator_outputs:
             return ()
         return self._drawn("discriminator", increment, earlier, self.num_discriminator_outputs - 1)
@@ -184,7 +184,7 @@ class MoeCL(PlainLora):
     @staticmethod
     def _drawn(name: str, increment: Increment, tasks: list[str], most: int) -> tuple[str, ...]:
         """At most `most` of the tasks, in their order, drawn by seed and increment."""
-        seed = int(sha256_text(f"{name}/{increment.seed}/{increment.number}")[:15], 16)
+        seed = seed_of(f"{name}/{increment.seed}/{increment.number}")
         drawn = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(seed))
         return tuple(tasks[i] for i in sorted(drawn[:most].tolist()))
 
@@ -196,7 +196,7 @@ class MoeCL(PlainLora):
         features, classes = [], []
         for row in batch.places:
             key = f"negatives/{self._increment.seed}/{self._increment.number}/{batch.step}/{row}"
-            generator = torch.Generator().manual_seed(int(sha256_text(key)[:15], 16))
+            generator = torch.Generator().manual_seed(seed_of(key))
             drawn = int(torch.randint(len(mean), (1,), generator=generator))
             noise = torch.randn(mean.shape[1:], generator=generator)
             features.append(mean[drawn] + deviation[drawn] * noise)

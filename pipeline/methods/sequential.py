@@ -18,7 +18,7 @@ class Sequential(PlainLora):
     """Each increment goes on from the latest expert, and every earlier task moves to it."""
 
     def start(self, increment: Increment) -> dict[str, str | None]:
-        latest = increment.bundles[increment.order[-1]] if increment.order else {}
+        latest = increment.latest
         return {role: latest.get(role) for role in self.roles}
 
     def moved(self, old: Bundle, new: Bundle) -> Bundle | None:

@@ -1,5 +1,5 @@
 """Expert parallelism: each rank of a group holds an equal run of every block's routed experts, and the LoRA experts on
-them (DESIGN section 9).
+them.
 
 DeepSpeed's AutoEP shards and reduces such parameters by the marks they carry: their ZeRO partitions and gradients
 belong to the ranks with the same experts. It knows an expert-parallel model by a layer of its own class; ours has its

@@ -1,7 +1,7 @@
 """The model on its ranks: backbone, LoRA experts, DeepSpeed engine, from one configuration.
 
 Memory and start-up do not depend on how many tasks were learned: the engine holds one set of expert slots, filled
-from the bank (DESIGN section 9).
+from the bank.
 """
 
 import json

@@ -18,6 +18,7 @@ from torch import nn
 
 from data_contracts.errors import UserError
 from pipeline.backbones.checkpoint import Checkpoint
+from pipeline.placement.state import experts_of
 
 Buffers = Mapping[str, tuple[nn.Module, str]]  # name in the stock model: (its module, its name there)
 
@@ -68,12 +69,12 @@ def materialise(
         kept_dtype = torch.float32 if _stays_float32(checkpoint, name) else dtype
         _replace(parameter, torch.empty(parameter.shape, dtype=kept_dtype, device=device))
         if init is None:
-            checkpoint.read(name, expert_slice=_experts(parameter), out=parameter.data)
+            checkpoint.read(name, expert_slice=experts_of(parameter), out=parameter.data)
         else:
             _partition(init, parameter)
             start, stop = _share(parameter)
             share = parameter.ds_tensor.data
-            checkpoint.read(name, expert_slice=_experts(parameter), flat=(start, stop), out=share[: stop - start])
+            checkpoint.read(name, expert_slice=experts_of(parameter), flat=(start, stop), out=share[: stop - start])
             share[stop - start :].zero_()  # padding
     for name, (module, attribute) in buffers.items():
         buffer = getattr(module, attribute)
@@ -122,10 +123,6 @@ def _replace(parameter: nn.Parameter, data: torch.Tensor) -> None:
     real = nn.Parameter(data, requires_grad=parameter.requires_grad)
     real.__dict__.update(parameter.__dict__)
     torch.utils.swap_tensors(parameter, real)
-
-
-def _experts(parameter: nn.Parameter) -> tuple[int, int] | None:
-    return parameter.expert_slice[:2] if hasattr(parameter, "expert_slice") else None
 
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

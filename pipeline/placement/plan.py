@@ -1,6 +1,6 @@
 """A run's memory and traffic before it is started, and the smallest world it fits into.
 
-Pure functions of four descriptions: backbone, what is trained, cluster, work of a rank. docs/plan.md says what is
+Pure functions of four descriptions: backbone, what is trained, cluster, work of a rank. docs/PLAN.md says what is
 counted and what is not.
 """
 

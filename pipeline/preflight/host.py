@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from data_contracts import load_contract
 from data_contracts.errors import UserError
 from pipeline.backbones.fetch import backbone_bytes
-from pipeline.backbones.load import backbone_digest, load_tokenizer
+from pipeline.backbones.load import load_tokenizer, pinned_digest
 from pipeline.config import StreamConfig
 from pipeline.data.ingest import source_digests
 from pipeline.experts.attach import ExpertPlan
@@ -76,7 +76,7 @@ def usable_backbone(config: StreamConfig, plan: ExpertPlan | None) -> str:
     """The digest of a backbone that the run can load. Raises UserError for one that it cannot."""
     check_before_loading(config, plan)
     load_tokenizer(config.backbone)
-    return backbone_digest(config.backbone.path)
+    return pinned_digest(config.backbone)
 
 
 def task_digest(path: str, config: StreamConfig) -> dict[str, Any]:

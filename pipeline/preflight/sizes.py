@@ -25,7 +25,7 @@ LOGGED = 50_000_000  # bytes: MLflow's database, pictures and records
 
 @dataclass(frozen=True)
 class Sizes:
-    """Estimates of one rank, in bytes unless said otherwise; `docs/plan.md` has the rules."""
+    """Estimates of one rank, in bytes unless said otherwise; `docs/PLAN.md` has the rules."""
 
     memory: int  # of the device: weights, optimizer, gathered layers, activations
     gradients: int  # elements of all LoRA gradients

@@ -1,4 +1,4 @@
-"""What the stages of a job share: configuration, world, model, bank, tracker. Built once, handed to every stage."""
+"""What the stages of a job share: configuration, world, model, bank. Built once, handed to every stage."""
 
 import gc
 import itertools

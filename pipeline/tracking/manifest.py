@@ -1,4 +1,4 @@
-"""The increment manifest: what an increment learned from and what it made, to the bit (DESIGN section 7).
+"""The increment manifest: what an increment learned from and what it made, to the bit.
 
 A manifest holds only what a repeated run would write again: no path, host, address, time or placement. Its sha256
 is taken over its canonical JSON and is named by the next manifest as `parent`, which makes the chain. What differs

@@ -11,7 +11,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "safete
 
 def library_versions() -> dict[str, str]:
     """Version by package, Python included; 'uninstalled' for a missing one (perennial when run from a checkout)."""
-    return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES}
 
 
 def code_digest() -> str:
@@ -21,7 +21,8 @@ def code_digest() -> str:
     return sha256_text(canonical_json({path.relative_to(root).as_posix(): sha256_file(path) for path in sources}))
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of a distribution that may be missing."""
     try:
         return version(package)
     except PackageNotFoundError:

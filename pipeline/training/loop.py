@@ -17,7 +17,7 @@ from pipeline.config import StreamConfig, TrainingConfig
 from pipeline.data.collate import MicroBatch
 from pipeline.data.mixing import JoinedRows, plain_batches
 from pipeline.data.tokens import RowView
-from pipeline.files import sha256_text
+from pipeline.files import seed_of
 from pipeline.methods.protocol import Method
 from pipeline.placement.learner import Learner
 from pipeline.placement.state import Source, restore_state, state_shapes, stream_state
@@ -173,7 +173,7 @@ def run_global_batch(
     ready = ready or read_batches(world, settings, rows, chosen, step)
     answer_tokens = int(rows.answer_lengths[chosen].sum())
     # dropout masks come from (seed, step, rank): a continued run draws what an unbroken one draws
-    torch.manual_seed(int(sha256_text(f"dropout/{seed}/{step}/{world.rank}")[:15], 16))
+    torch.manual_seed(seed_of(f"dropout/{seed}/{step}/{world.rank}"))
     nll_sum, own_tokens = 0.0, 0.0
     terms: dict[str, float] = {}
     for read in each("data", ready):

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_contracts.errors import UserError
 from pipeline.backbones.families import FAMILIES, family_of, sliding_window
-from pipeline.backbones.load import load_config, load_tokenizer
+from pipeline.backbones.load import load_config, load_tokenizer, pinned_digest
 from pipeline.config import BackboneConfig
 from pipeline.data.collate import pack
 from pipeline.experts.attach import ExpertPlan
@@ -160,3 +161,13 @@ def test_a_folder_that_is_no_backbone_is_refused_before_weights_are_read(tmp_pat
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(UserError, match=r"cannot read its config\.json"):
         load_config(config)
+
+
+def test_a_revision_pins_the_backbones_files(backbone_dir):
+    digest = pinned_digest(BackboneConfig(path=str(backbone_dir)))
+    for revision in (digest, digest[:12]):
+        assert pinned_digest(BackboneConfig(path=str(backbone_dir), revision=revision)) == digest
+    with pytest.raises(UserError, match=r"backbone\.revision asks for 0123456789ab; fetch that backbone again"):
+        pinned_digest(BackboneConfig(path=str(backbone_dir), revision="0123456789ab"))
+    with pytest.raises(ValidationError, match="revision"):
+        BackboneConfig(path=str(backbone_dir), revision="main")

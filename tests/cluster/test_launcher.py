@@ -5,11 +5,12 @@ import socket
 import pytest
 
 from data_contracts.errors import UserError
+from pipeline.cache import cache_folder
 from pipeline.hosts.alike import refuse_differences
 from pipeline.hosts.joining import wait_for_all_ranks
 from pipeline.hosts.launcher import expand_nodes, map_slurm, several_hosts
 from pipeline.hosts.meeting import Hosts
-from pipeline.hosts.storage import cache_folder, copies_removed, find_storage, new_copies
+from pipeline.hosts.storage import copies_removed, find_storage, new_copies
 from pipeline.placement.distributed import World
 
 SLURM = {

@@ -26,10 +26,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def contains_zero(self) -> bool:
-        return self.low <= 0 <= self.high
-
 
 def row_scores(record: Record, increment: int, task: str) -> np.ndarray:
     """Scores of the test rows that an increment (from 0) measured, in the order of their ids."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-LICENCE = "not ours: see the README beside the data"  # the licence line of every contract
+LICENCE = "not ours: that of the benchmark the rows were taken from"  # the licence line of every contract
 _TOPIC, _SENTIMENT = "{text}\nTopic:", "{text}\nSentiment:"
 _RELATION = "{text}\nRelation of sentence 2 to sentence 1:"
 _VERDICT, _VERDICTS = "评论：{text}\n判断：", {"violation": "违规", "compliant": "合规"}
@@ -63,7 +63,6 @@ SUITES: dict[str, Suite] = {
             Task("amazon", _SENTIMENT),
             Task("yahoo", _TOPIC),
             Task("agnews", _TOPIC),
-            Task("yelp", _SENTIMENT),
         ],
         {
             "O1": "dbpedia amazon yahoo agnews",  # METHODS section 1: the three orders of the paper

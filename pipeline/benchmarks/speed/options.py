@@ -62,7 +62,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="FOLDER", help="folder with one folder a task")
     add("--out", required=True, metavar="F", type=Path, help="JSON report; a PNG of the same name stands beside it")
     add("--cases", nargs="+", default=CASES, metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
-    add("--tasks", nargs="+", default=(), metavar="TASK", help="tasks to train on; `step` and `startup` take the first")
+    add(
+        "--tasks",
+        nargs="+",
+        default=(),
+        metavar="TASK",
+        help="tasks to train on; step, startup and ranks take the first",
+    )
     add("--label-task", metavar="TASK", help="task to score (default: the one with most labels)")
     add("--dtype", default=default["dtype"], choices=["bfloat16", "float32"], help="of backbone and LoRA")
     add("--deepspeed", default=default["deepspeed"], metavar="F", help="DeepSpeed file (default: ZeRO-2)")
