@@ -3,7 +3,6 @@
 contract + files -> validate -> prepare -> train -> evaluate -> gate -> register -> next task
 """
 
-import getpass
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from pipeline.hosts.alike import check_alike, check_prepared_alike
 from pipeline.hosts.meeting import Hosts, meet, refused_together
 from pipeline.hosts.storage import Storage, copies_removed, find_storage
 from pipeline.increments import check_same_model, check_sampling, inputs_key, measurable, next_increment, standing
-from pipeline.lock import WorkLock
+from pipeline.lock import WorkLock, user_name
 from pipeline.placement.distributed import World, start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.report import final_report, print_start
@@ -63,6 +62,7 @@ def run_stream(config: StreamConfig, until: str | None, stop: StopFlag, break_lo
     """
     watch.set_limits(**config.watch.model_dump())
     with WorkLock(config.work_path()) as lock, copies_removed():  # rank 0 takes it, as soon as it knows its rank
+        stop.release = lock.release
         return learn_stream(config, until, stop, lambda: lock.acquire(break_lock))
 
 
@@ -195,7 +195,7 @@ def learn(
     watch.report(f"{title}: publishing")
     verdict = gate(config.gate, task.task, evaluated.row, history.row)
     run_id = tracker.run_id() if tracker is not None else ""
-    context = Context(history, backbone, key, run_id, started, getpass.getuser(), startup)
+    context = Context(history, backbone, key, run_id, started, user_name(), startup)
     with job.timed("register"):
         manifest = world.on_main(lambda: register(job, increment, task, trained, evaluated, verdict, context))
     if world.is_main:

@@ -9,6 +9,7 @@ Jobs that only read need no lock.
 """
 
 import fcntl
+import getpass
 import json
 import os
 import shlex
@@ -100,6 +101,14 @@ class WorkLock:
         except OSError as error:
             raise storage_error(error, self.path) from error
         self._fd = fd
+
+
+def user_name() -> str:
+    """Who runs this process: the name, or the number where a container's user has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def told(holder: dict) -> str:

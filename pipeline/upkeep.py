@@ -5,7 +5,6 @@ nothing that stands there is rewritten. Removing files comes after it: a job kil
 and the same command, or `gc`, goes on.
 """
 
-import getpass
 import json
 import shutil
 import socket
@@ -18,6 +17,7 @@ from data_contracts.errors import UserError
 from pipeline.config import TrackingConfig
 from pipeline.experts.bank import Bank
 from pipeline.files import canonical_json, write_atomic, writing
+from pipeline.lock import user_name
 from pipeline.store.published import Store, reached_objects
 from pipeline.tracking.chain import (
     INCREMENTS,
@@ -198,7 +198,7 @@ def _publish(work_dir: Path, change: Change, store: Store | None) -> None:
     staged = work_dir / "inflight" / f"publish-{change.increment}"
     record = {
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
-        "user": getpass.getuser(),
+        "user": user_name(),
         "host": socket.gethostname(),
         "work_dir": str(work_dir),
     }

@@ -10,7 +10,8 @@ import pytest
 
 from data_contracts.errors import UserError
 from jobs import bank
-from pipeline.lock import LOCK, WorkLock
+from pipeline.lock import LOCK, WorkLock, user_name
+from pipeline.training.stop import StopFlag
 
 
 @pytest.fixture
@@ -121,3 +122,17 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"lock\.json"):
         WorkLock(tmp_path / "file").acquire()
+
+
+def test_who_runs_a_job_is_told_by_number_where_the_number_has_no_name(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_001)  # as `docker run --user` or a pod may choose
+    assert user_name() == "uid 4000001"
+
+
+def test_a_job_that_leaves_at_once_after_a_stop_takes_its_lock_along(tmp_path):
+    lock, stop, said = WorkLock(tmp_path).acquire(), StopFlag(), []
+    stop.marker, stop.release = said.append, lock.release
+    stop.leave("evaluating")  # the process ends here: another machine goes on without --break-lock
+    assert said and not (tmp_path / LOCK).exists()

@@ -1,5 +1,6 @@
 #!/bin/bash
-# A stream on a SLURM cluster: `sbatch jobs/launch/slurm.sh [STREAM]`, from the checkout, which all nodes see.
+# A stream on a SLURM cluster: `sbatch jobs/launch/slurm.sh [STREAM [more arguments of continual.py]]`, from the
+# checkout, which all nodes see.
 #
 # It differs from the run on a laptop in placement only: `srun` starts a rank for every task instead of `deepspeed`, and
 # the job reads SLURM's variables (pipeline/hosts/launcher.py): rank, world size, and as rendezvous the step's first node
@@ -27,8 +28,9 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun does not inherit it
 # Where a node has several networks, name the one that the nodes share.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# One task that fails ends the others; the pipeline's own watchdogs do the same and say who it was.
-srun --kill-on-bad-exit=1 python jobs/continual.py --stream "$STREAM"
+# After the loss of the first node the lock of the job is still there, in another machine's name: see that it is gone,
+# then submit again with --break-lock after the stream. One task that fails ends the others; the pipeline's own watchdogs do the same and say who it was.
+srun --kill-on-bad-exit=1 python jobs/continual.py --stream "$STREAM" "${@:2}"
 code=$?
 
 # 75: stopped on request with the state saved. The same command goes on where it stopped.

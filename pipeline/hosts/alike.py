@@ -20,7 +20,7 @@ from pipeline.watch.rank import report
 
 SHOWN = 6  # differences of a host that are told
 ABSENT = "none"
-# where a host has its files is its own affair; watch and tracking decide no number
+# where a host has its files is its own affair; of the rest only what decides no number and no collective
 _OWN_AFFAIR = {"work_dir", "data_roots", "tasks", "start_from", "deepspeed", "tracking", "watch", "spans"}
 
 
@@ -82,6 +82,8 @@ def settings(config: StreamConfig) -> dict[str, str]:
     sections["backbone"].pop("path")
     sections["tasks"] = len(config.tasks)
     sections["start_from"] = config.learning().get("start_from", {})
+    sections["spans.enabled"] = config.spans.enabled
+    sections["tracking.system_metrics"] = config.tracking.system_metrics
     sections["deepspeed"] = read_deepspeed_config(config.deepspeed)
     return {f"stream: {name}": canonical_json(section) for name, section in sections.items()}
 

@@ -1,5 +1,5 @@
-"""Where each rank finds what the work_dir holds. Only rank 0 writes there; hosts that do not see it need no disk in
-common.
+"""Where each rank finds what the work_dir holds. What is published is written by rank 0 alone; hosts that do not see it
+need no disk in common.
 
 Who sees the work_dir is found out, not configured: rank 0 puts a file into it, and every rank looks. Ranks that do not
 see it use a cache folder of theirs (pipeline/cache.py):

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +15,7 @@ from data_contracts import load_contract
 from data_contracts.errors import UserError
 from pipeline.backbones.fetch import backbone_bytes
 from pipeline.backbones.load import load_tokenizer, pinned_digest
+from pipeline.cache import cache_disk
 from pipeline.config import StreamConfig
 from pipeline.data.ingest import source_digests
 from pipeline.experts.attach import ExpertPlan
@@ -49,11 +49,7 @@ def facts_of(config: StreamConfig, plan: ExpertPlan | None, num_ranks: int) -> F
         "backbone": told(lambda: usable_backbone(config, plan)),
         "tasks": [told(lambda path=path: task_digest(path, config)) for path in config.tasks],
         "written": told(lambda: written_bytes(config, plan, source_bytes(config.tasks, config.data_roots))),
-        "cache": {
-            "path": tempfile.gettempdir(),
-            "free": told(lambda: free_disk(Path(tempfile.gettempdir()))),
-            "needed": source_bytes(config.tasks, config.data_roots),
-        },
+        "cache": told(lambda: {"path": str(cache_disk()), "free": free_disk(cache_disk())}),
     }
 
 
@@ -69,7 +65,9 @@ def told(work: Callable[[], Any]) -> Any:
 
 def stream_digest(config: StreamConfig) -> str:
     """sha256 over what the stream and the DeepSpeed file say that is the same wherever a host keeps its copies."""
-    return sha256_text(canonical_json({"learning": config.learning(), "deepspeed": sha256_file(config.deepspeed)}))
+    measured = {"spans": config.spans.enabled, "system_metrics": config.tracking.system_metrics}
+    said = {"learning": config.learning(), "deepspeed": sha256_file(config.deepspeed), **measured}
+    return sha256_text(canonical_json(said))
 
 
 def usable_backbone(config: StreamConfig, plan: ExpertPlan | None) -> str:
@@ -98,7 +96,10 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
         limit = int((_CGROUP / "memory.max").read_text())
-        free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
+        used = int((_CGROUP / "memory.current").read_text())
+        counted = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        files = sum(int(counted.get(name, 0)) for name in ("active_file", "inactive_file"))  # given back when needed
+        free = min(free, limit - used + files)
     return free
 
 

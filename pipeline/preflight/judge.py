@@ -117,20 +117,24 @@ def judge_disk(found: Findings, facts: list[Facts], work_dir: Facts, shared: lis
         problem = f"{_gb(free)} free at {work_dir['path']}, about {_gb(needed)} are written; free some, or name another"
         cells = [f"{_gb(free)} free, about {_gb(needed)} needed"] + [""] * (len(facts) - 1)
         found.show("disk, work_dir", cells, {0: problem} if free < needed else {})
+    if all(shared):
+        return
     cells, problems = [], {}
     for host, one in enumerate(facts):
-        cache = one["cache"]
-        if not isinstance(cache["free"], int):
+        cache, needed = one["cache"], one["written"]
+        if shared[host]:
+            cells.append("")
+        elif "error" in cache:
             cells.append("unknown")
-            problems[host] = f"{cache['free']['error']}; set TMPDIR to a folder of this host that can be written"
-            continue
-        cells.append(f"{_gb(cache['free'])} free at {cache['path']}")
-        if cache["free"] < 2 * cache["needed"]:
-            problems[host] = (
-                f"{_gb(cache['free'])} free at {cache['path']}, about {_gb(2 * cache['needed'])} needed for prepared "
-                "data; free some, or set TMPDIR to another disk"
-            )
-    found.show("disk, temporary files", cells, problems)
+            problems[host] = cache["error"]
+        else:
+            cells.append(f"{_gb(cache['free'])} free at {cache['path']}")
+            if isinstance(needed, int) and cache["free"] < needed:
+                problems[host] = (
+                    f"{_gb(cache['free'])} free at {cache['path']}, about {_gb(needed)} needed for prepared data and "
+                    "copies of the experts; free some, or set PERENNIAL_CACHE to another disk"
+                )
+    found.show("disk, cache", cells, problems)
 
 
 def judge_digests(found: Findings, facts: list[Facts]) -> None:

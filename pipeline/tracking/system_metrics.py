@@ -104,7 +104,7 @@ class HostMetrics:
         if self._client is None:
             path = Path(self.uri.removeprefix(_DATABASE))
             if self.uri.startswith(_DATABASE) and not path.is_file():
-                raise FileNotFoundError(f"{path} is not on this host; name a tracking server with tracking.uri")
+                raise FileNotFoundError(f"{path} is not there yet")
             self._client = open_client(self.uri)
         if key not in self._runs:
             experiment = self._client.get_experiment_by_name(self.experiment)
@@ -134,18 +134,25 @@ def _monitors() -> list[Any]:
 
 
 _metrics: HostMetrics | None = None
+_told = False  # that this host's are not logged
 
 
 def follow(config: StreamConfig, world: World, tracker: Tracker | None) -> None:
     """Sample this host for the running increment, where the stream wants it. `tracker` is rank 0's. Collective."""
-    global _metrics
+    global _metrics, _told
     if not config.tracking.system_metrics:
         return
     key = world.broadcast(tracker.run_key() if tracker is not None else "")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
+    uri = config.tracking.uri or default_uri(config.work_path())
+    if uri.startswith(_DATABASE) and not world.is_main:  # a file that other hosts must not write, if they see it at all
+        if not _told:
+            warn(f"the system metrics of {socket.gethostname()} are not logged: name a server in tracking.uri")
+        _told = True
+        return
     if _metrics is None:
-        _metrics = HostMetrics(config.tracking.uri or default_uri(config.work_path()), config.tracking.experiment)
+        _metrics = HostMetrics(uri, config.tracking.experiment)
     _metrics.follow(key)
 
 

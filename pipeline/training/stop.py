@@ -21,12 +21,14 @@ class StopFlag:
     """Set by SIGTERM or SIGINT, or by the host's watchdog. One rank's flag is enough: the loop sums it over the ranks
     at every step.
 
-    `marker` writes the marker of a stop, given its message; set while the job is one that a stop interrupts.
+    `marker` writes the marker of a stop, given its message; set while the job is one that a stop interrupts. `release`
+    lets go of what the job holds, for an end without the interpreter's.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.marker: Callable[[str], None] | None = None
+        self.release: Callable[[], None] | None = None
 
     def listen(self) -> None:
         """Install the handlers. Further signals change nothing: the watchdog ends what does not stop in time. Without
@@ -51,6 +53,8 @@ class StopFlag:
         """
         if self.marker is not None:
             self.marker(f"{doing}: stopped before it was done; the same command continues")
+        if self.release is not None:
+            self.release()
 
     def _handle(self, number: int, _frame) -> None:
         self.request()

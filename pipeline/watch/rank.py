@@ -166,7 +166,7 @@ class WatchedRank:
                 self.stopping.leave(self._says["doing"])
         finally:
             self.end(EXIT_STOPPED)
-            _leave_now()
+            _leave_now(EXIT_STOPPED)
 
 
 def where(main: int) -> dict[str, str]:
@@ -203,8 +203,8 @@ _watched: WatchedRank | None = None
 
 
 def watched(command: Callable[[], int]) -> int:
-    """Run a job's command under the eyes of its host's watchdog; its exit code, and after a stop on request the end of
-    the process. Where the kernel has no /proc, the command runs unwatched.
+    """Run a job's command under the eyes of its host's watchdog; 0, or the end of the process with
+    another exit code. Where the kernel has no /proc, the command runs unwatched.
     """
     global _watched
     if processes.stat(os.getpid()) is None:
@@ -222,19 +222,19 @@ def watched(command: Callable[[], int]) -> int:
         raise
     finally:
         _watched.end(code)
-        if code == EXIT_STOPPED:
-            # all is saved: no seconds for taking the interpreter down, in which the launcher's next signal to this
-            # rank would change its exit code
-            _leave_now()
+    if code:
+        # all is saved and said: no seconds for taking the interpreter down, in which the launcher's next signal to this
+        # rank would change its exit code
+        _leave_now(code)
     return code
 
 
-def _leave_now() -> None:
-    """End this process as one that was asked to stop."""
+def _leave_now(code: int) -> None:
+    """End this process at once."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(EXIT_STOPPED)
+    os._exit(code)
 
 
 def is_watched() -> bool:

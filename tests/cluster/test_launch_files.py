@@ -31,8 +31,11 @@ def test_the_slurm_script_is_a_script():
 def test_the_slurm_script_starts_the_job_with_arguments_it_takes_and_requeues_on_its_stop_code():
     text = SLURM.read_text(encoding="utf-8")
     (line,) = re.findall(r"^srun .*?python (.+)$", text, flags=re.MULTILINE)
-    script, *arguments = shlex.split(line.replace('"$STREAM"', "jobs/streams/quickstart.yaml"))
-    assert script == "jobs/continual.py" and load_stream(parse(arguments).stream, [])
+    script, *arguments = shlex.split(
+        line.replace('"$STREAM"', "jobs/streams/quickstart.yaml").replace('"${@:2}"', "--break-lock --set seed=3")
+    )
+    options = parse(arguments)
+    assert script == "jobs/continual.py" and options.break_lock and load_stream(options.stream, options.set).seed == 3
     assert '"$code" -eq 75' in text
 
 
@@ -67,4 +70,14 @@ def test_the_kubernetes_job_gives_the_job_arguments_it_takes_and_time_for_a_stop
     assert config.backbone.path.startswith(mounts["demo"].removeprefix(pod["containers"][0]["workingDir"] + "/"))
     assert pod["terminationGracePeriodSeconds"] > config.watch.grace_seconds
     names = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
-    assert names["XDG_CACHE_HOME"] == mounts["cache"]
+    assert names["PERENNIAL_CACHE"] == mounts["cache"]
+
+
+def test_the_kubernetes_jobs_pods_run_as_the_images_user_and_never_two_of_an_index(manifest):
+    _, job, pod = manifest
+    (uid,) = re.findall(
+        r"^USER (\d+):\d+$", (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE
+    )[:1]
+    security = pod["securityContext"]
+    assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == int(uid)
+    assert job["spec"]["podReplacementPolicy"] == "Failed" and pod["restartPolicy"] == "Never"

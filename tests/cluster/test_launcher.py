@@ -5,13 +5,15 @@ import socket
 import pytest
 
 from data_contracts.errors import UserError
-from pipeline.cache import cache_folder
-from pipeline.hosts.alike import refuse_differences
+from pipeline.cache import cache_disk, cache_folder
+from pipeline.config import override_config
+from pipeline.hosts.alike import refuse_differences, settings
 from pipeline.hosts.joining import wait_for_all_ranks
 from pipeline.hosts.launcher import expand_nodes, map_slurm, several_hosts
 from pipeline.hosts.meeting import Hosts
 from pipeline.hosts.storage import copies_removed, find_storage, new_copies
 from pipeline.placement.distributed import World
+from tests.helpers import stream_dict
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -152,9 +154,25 @@ def test_a_running_jobs_copies_stay_and_those_of_a_job_that_is_gone_are_removed(
 
 
 def test_the_cache_is_below_xdg_cache_home_and_where_that_cannot_be_written_below_tmpdir(tmp_path, monkeypatch):
+    monkeypatch.delenv("PERENNIAL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cache_folder() == tmp_path / "cache" / "perennial"
+    assert cache_disk() == tmp_path and not (tmp_path / "cache").exists()  # where it will be; nothing is made
+    assert cache_folder() == cache_disk() == tmp_path / "cache" / "perennial"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache_folder().is_relative_to(tmp_path) and cache_folder().name == "perennial"
+    monkeypatch.setenv("PERENNIAL_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == cache_disk() == tmp_path / "named"
+    monkeypatch.setenv("PERENNIAL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="file: cannot be written; set PERENNIAL_CACHE"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("section", [{"spans": {"enabled": False}}, {"tracking": {"system_metrics": True}}])
+def test_what_decides_which_collectives_run_is_compared_between_hosts(tmp_path, section):
+    plain, other = (
+        override_config(stream_dict(tmp_path, tmp_path, tmp_path, ["a"], **s), [], "s") for s in ({}, section)
+    )
+    with pytest.raises(UserError, match="host b differs from host a in stream: "):
+        refuse_differences([settings(plain), settings(other)], ("a", "b"))

@@ -1,8 +1,11 @@
 """What the preflight concludes from numbers: clocks, majorities, memory. No host is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipeline.placement.clocks import offset_of
+from pipeline.preflight import host
 from pipeline.preflight.collectives import Measured
 from pipeline.preflight.findings import Findings
 from pipeline.preflight.judge import judge_addresses, judge_clocks, judge_collectives, judge_memory
@@ -74,3 +77,18 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
     problem = backend_address("gloo", "127.0.0.1").problem
     assert "GLOO_SOCKET_IFNAME=eth77" in problem and "lo" in problem.partition("it has")[2]
+
+
+def test_memory_that_a_container_holds_for_files_counts_as_free(tmp_path, monkeypatch):
+    gib = 2**30
+    for name, text in {
+        "memory.max": f"{2 * gib}",
+        "memory.current": f"{int(1.75 * gib)}",
+        "memory.stat": f"anon {gib // 4}\nfile {int(1.5 * gib)}\ninactive_file {gib}\nactive_file {gib // 2}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(host, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * gib))
+    assert host.free_memory() == int(1.75 * gib)
+    (tmp_path / "memory.max").write_text("max")
+    assert host.free_memory() == 8 * gib
