@@ -45,7 +45,7 @@ help:
 	@echo "make proof-failures  kill, stop and wedge ranks and launchers of 13 jobs: times, exit codes, who was named (5 minutes)"
 	@echo "make proof-faults    kill runs of three increments at some 80 moments, continue them, compare to the bit (8 CPU minutes)"
 	@echo "make proof-store     kill publishing, restoring and retiring before every request and file operation of theirs (4 minutes)"
-	@echo "make proof-hosts     2 and 3 hosts in namespaces of this machine: the same bits, every failure, ten commands (root; 25 minutes)"
+	@echo "make proof-hosts     2 and 3 hosts in namespaces of this machine: the same bits, every failure, ten commands (root; 12 minutes)"
 	@echo "make proof-tracking  two jobs at once on MLflow and PostgreSQL, both killed under them (needs the extra server)"
 	@echo "make fuzz         20,000 hostile and broken inputs to every reader of contracts, streams, rows, adapters and published files"
 	@echo "make lint         ruff check and format check"
