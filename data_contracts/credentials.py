@@ -15,8 +15,11 @@ REMEDY = (
     "MLFLOW_TRACKING_TOKEN, for an MLflow server; PGPASSWORD for PostgreSQL; AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, or a profile, for s3://"
 )
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://([^\s'\"<>]*)")
-_QUERY = re.compile(r"([?&;][^=&;\s]*(?:password|passwd|pwd|token|secret|_key)=)[^&;\s'\"<>]+", re.IGNORECASE)
+# every repetition in front of what must follow is bounded: a long hostile text costs time in its length alone
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://([^\s'\"<>]*)")
+_QUERY = re.compile(
+    r"([?&;][^=&;?\s]{0,64}(?:password|passwd|pwd|token|secret|signature|sig|_key)=)[^&;\s'\"<>]+", re.IGNORECASE
+)
 _SECRET_NAME = re.compile(r"(?:PASSWORD|PASSWD|TOKEN|SECRET|SECRET_KEY|ACCESS_KEY|API_KEY|PASSPHRASE)$")
 _SHORTEST = 6  # characters of a secret: what is shorter stands in every text
 
@@ -73,7 +76,7 @@ def _without_userinfo(match: re.Match[str]) -> str:
     name, colon, _ = userinfo.partition(":")
     if colon:
         return f"{scheme}://{name}:***@{rest[len(userinfo) + 1 :]}"
-    if userinfo and scheme in ("http", "https"):  # no server is asked for a bare user: this is a token
+    if userinfo and scheme.lower() in ("http", "https", "s3", "s3a"):  # asked for no bare user: a token, a key's id
         return f"{scheme}://***@{rest[len(userinfo) + 1 :]}"
     return match.group()
 

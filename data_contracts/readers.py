@@ -153,8 +153,16 @@ def _parquet(path: str, file: BinaryIO, names: list[str] | None, num_rows: int |
             lines = range(start, start := start + table.num_rows)
             yield _Part({name: table.column(name) for name in wanted}, lines, {})
     except (pa.ArrowException, OSError) as error:
+        if _is_remote_failure(path, error):
+            raise
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable parquet file ({first_line}); write it again") from None
+
+
+def _is_remote_failure(path: str, error: Exception) -> bool:
+    """Whether reading behind a URI failed, and not what was read; pyarrow calls a broken file an OSError too."""
+    passing = isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) is not None
+    return "://" in path and passing
 
 
 def _jsonl(path: str, file: BinaryIO, names: list[str] | None, num_rows: int | None) -> Generator[_Part]:
@@ -241,6 +249,8 @@ def _csv(path: str, file: BinaryIO, names: list[str] | None, num_rows: int | Non
             rows.append(row)
             lines.append(first)
     except (csv.Error, OSError) as error:
+        if _is_remote_failure(path, error):
+            raise
         raise UserError(f"{path} is not a readable csv file (line {reader.line_num}: {error}); mend it there") from None
     finally:
         stream.detach()

@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -59,11 +60,11 @@ def source_name(path: str, roots: list[str | Path]) -> str:
 
 
 def _refuse_tricks(pattern: str) -> None:
-    refuse_password(pattern, "a contract's source")
     if len(pattern) > _MAX_PATTERN or pattern.count("/") > _MAX_DEPTH:
         raise UserError(
             f"{pattern[:40]!r}... has over {_MAX_PATTERN} characters or {_MAX_DEPTH} folders; give it a shorter name"
         )
+    refuse_password(pattern, "a contract's source")
     if "::" in pattern:
         raise UserError(f"{pattern!r} chains protocols with '::', which is not allowed; name the file itself")
     if "\x00" in pattern or ".." in re.split(r"[/\\]", re.sub("%2e", ".", pattern, flags=re.IGNORECASE)):
@@ -87,17 +88,25 @@ def _remote_files(pattern: str, root: str) -> list[str]:
     try:
         file_system, path = fsspec.core.url_to_fs(pattern)
         if glob.has_magic(pattern):
-            names = file_system.glob(path)
+            there = file_system.glob(path, detail=True)
         else:
-            names = [path] if file_system.isfile(path) else []
+            there = _named_file(file_system, path)
     except (*remote_errors(), ImportError, ValueError) as error:
         raise UserError(f"{pattern!r} cannot be listed ({told(error)}); check the URI and its access") from None
-    found = sorted(file_system.unstrip_protocol(name) for name in names if file_system.isfile(name))
+    found = sorted(file_system.unstrip_protocol(name) for name, about in there.items() if about["type"] == "file")
     prefix = _uri_prefix(root)
     for uri in found:
         if not uri.startswith(prefix):
             raise UserError(f"{pattern!r} leads to {uri}, outside the data root {root}; move the data")
     return found
+
+
+def _named_file(file_system: Any, path: str) -> dict[str, dict[str, Any]]:
+    """What is known of a path, by it; empty where nothing is there. What a server refuses is raised."""
+    try:
+        return {path: file_system.info(path)}
+    except FileNotFoundError:
+        return {}
 
 
 def _uri_prefix(root: str) -> str:

@@ -101,9 +101,11 @@ def retire(work_dir: Path, task: str, store: Store | None = None) -> Changed:
     for other, bundle in history.bundles.items():
         needed = [role for role, sha in sorted(bundle.items()) if sha in made]
         if other != task and needed:
+            first = min(manifest.increment for manifest in ours)
+            restore = f"restore the champion of before increment {first}, or " if first > 1 else ""
             raise UserError(
-                f"task '{task}' cannot be withdrawn: task '{other}' is served with its {' and '.join(needed)}; restore "
-                f"the champion of before increment {min(m.increment for m in ours)}, or retire '{other}' first"
+                f"task '{task}' cannot be withdrawn: task '{other}' is served with its {' and '.join(needed)}; "
+                f"{restore}retire '{other}' first"
             )
     before = {name for entry in history.changes for name in entry.withdrawn_files}
     files = {

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ CASES = [
     ("postgresql+psycopg2://me:PW@db:5432/mlflow", "postgresql+psycopg2://me:***@db:5432/mlflow"),
     ("postgresql://me@db/mlflow?sslmode=require&password=PW", "postgresql://me@db/mlflow?sslmode=require&password=***"),
     ("s3://id:PW@bucket/path", "s3://id:***@bucket/path"),
+    ("HTTPS://PW@host/mlflow", "HTTPS://***@host/mlflow"),
+    ("https://host/file?X-Amz-Signature=PW&part=1", "https://host/file?X-Amz-Signature=***&part=1"),
 ]
 HARMLESS = [
     "http://host:5000/a@b",
@@ -49,6 +52,13 @@ def test_an_address_is_shown_without_its_password(address, expected, password):
 @pytest.mark.parametrize("address", HARMLESS)
 def test_what_holds_no_password_is_shown_as_it_is(address):
     assert shown(address) == address and not holds_password(address)
+
+
+@pytest.mark.parametrize("character", ["a", "?", "://", "=?a", "@"])
+def test_a_long_hostile_text_costs_time_in_its_length_alone(character):
+    begin = time.perf_counter()
+    holds_password(character * (300_000 // len(character)))
+    assert time.perf_counter() - begin < 5  # the square of it would be hours
 
 
 def test_values_of_secret_variables_are_taken_out_of_any_text(monkeypatch):

@@ -118,9 +118,9 @@ class Store:
             raise UserError(f"{self.uri}/{name}: {what}; {REPAIR}")
         return parse_manifest(data, f"{self.uri}/{name}")
 
-    def after(self, known: Container[str]) -> tuple[list[Entry], str | None]:
-        """The entries from the store's head back to one that is `known`, newest first, and that one's sha256."""
-        entries, sha = [], self.pointer().head
+    def after(self, known: Container[str], head: str | None) -> tuple[list[Entry], str | None]:
+        """The entries from a pointer's head back to one that is `known`, newest first, and that one's sha256."""
+        entries, sha = [], head
         while sha is not None and sha not in known:
             entries.append(self.manifest(sha))
             sha = entries[-1].parent

@@ -20,6 +20,7 @@ from pipeline.store.published import MARKER, REPAIR, Pointer, Store, Upload, obj
 from pipeline.tracking.chain import CHAMPION, INCREMENTS, Champion, fold, load_chain, publish, read_champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import RUN, Entry
+from pipeline.tracking.sharing import identity
 from pipeline.tracking.withdrawal import remove_withdrawn, withdrawn_names
 from pipeline.watch import rank as watch
 
@@ -80,9 +81,11 @@ def bring_into_step(work_dir: Path, store: Store) -> list[str]:
     if pointer.head != (ours.head if ours else None):
         chain = load_chain(work_dir)
         known = {entry.sha256: entry.increment for entry in chain}
-        missing, common = store.after(known)
+        missing, common = store.after(known, pointer.head)
         if missing and common == (ours.head if ours else None):
             _check_champion(store, pointer, fold([*missing, *chain]))
+            if not chain:
+                identity(work_dir)  # before there are increments, by which a work_dir from before ids is known
             fetch(work_dir, store, missing, chain)
             said.append(f"{store.uri}: took over {_numbers(missing)}")
         elif not missing:
@@ -97,6 +100,7 @@ def bring_into_step(work_dir: Path, store: Store) -> list[str]:
             )
     else:
         _check_champion(store, pointer, ours)
+        said += [f"{name}: was withdrawn, removed" for name in remove_withdrawn(work_dir, load_chain(work_dir))]
     if store_of(work_dir) != store.uri:
         with writing(work_dir):
             write_atomic(work_dir / MARKER, canonical_json({"uri": store.uri}).encode())
@@ -145,6 +149,10 @@ def complete(work_dir: Path, store: Store) -> int:
         if lost:
             store.upload(lost)
             number += len(lost)
+    for entry in chain:
+        run, name = work_dir / INCREMENTS / entry.folder / RUN, f"{INCREMENTS}/{entry.sha256}/{RUN}"
+        if name not in there and run.is_file() and store.objects.create(name, [run.read_bytes()]):
+            number += 1
     return number
 
 

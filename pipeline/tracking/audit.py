@@ -77,7 +77,11 @@ def outbox_findings(work_dir: Path) -> Iterator[Finding]:
         )
         yield Finding("MLflow outbox", False, detail, pending=True)
     for path in damaged + set_aside(work_dir):
-        yield Finding(f"{OUTBOX}/{path.name}", False, "is no whole event: what it held was not delivered to MLflow")
+        yield Finding(
+            f"{OUTBOX}/{path.name}",
+            False,
+            "was put aside (no whole event, or of a run that MLflow does not know): what it holds was not delivered",
+        )
 
 
 def _waiting_folders(work_dir: Path) -> set[str]:

@@ -40,7 +40,7 @@ def _compare(
     if pointer.sweeping:
         yield Finding(where, False, f"marked by a job that removes objects: {dict(pointer.sweeping)}")
     known = {entry.sha256: entry for entry in chain}
-    newer, common = store.after(known)
+    newer, common = store.after(known, pointer.head)
     entries = [*newer, *(entry for entry in chain if common and entry.increment <= known[common].increment)]
     yield from _objects(work_dir, entries, store, contents)
 
@@ -52,10 +52,10 @@ def _objects(work_dir: Path, entries: Sequence[Entry], store: Store, contents: b
     damaged = 0
     for name, source in sorted(reached.items()):
         problem = None
-        if source is None:
-            continue
         if name not in sizes:
-            problem = "is missing"
+            problem = "is missing; jobs/bank.py sync stores it again from a work_dir that has it"
+        elif source is None:  # run.json: outside the chain, no digest names it
+            continue
         elif contents:
             problem = _altered(store, name, source.sha256)
         elif source.path.is_file() and source.path.stat().st_size != sizes[name]:

@@ -9,8 +9,8 @@ import threading
 import time
 
 from data_contracts.credentials import shown
-from pipeline.tracking.delivery import Delivery, is_outage
-from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.delivery import Delivery, UnknownRun, is_outage
+from pipeline.tracking.outbox import Event, Outbox
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 60.0  # seconds between two tries while events come
 
@@ -62,7 +62,14 @@ class Courier:
                     if event is None:
                         self._answered(delivered)
                         return
-                self.delivery.apply(event)
+                try:
+                    self.delivery.apply(event)
+                except UnknownRun as error:
+                    with self._lock:
+                        event = self._instead(event, error)
+                    if event is None:
+                        continue
+                    self.delivery.apply(event)
                 delivered += 1
                 with self._lock:
                     self.outbox.remove(event)
@@ -70,6 +77,19 @@ class Courier:
             self.delivery.forget()
             with self._lock:
                 self._failed(error)
+
+    def _instead(self, event: Event, error: UnknownRun) -> Event | None:
+        """What to deliver before an event of a run that MLflow does not know: the event that makes it, if it waits.
+        Else, of an event that only adds to a run, nothing: it is put aside, and holds up no other.
+        """
+        makes = self.outbox.makes_run(error.key)
+        if makes is not None and makes is not event:
+            return makes
+        if event.kind in ("run", "published"):
+            raise error  # the next launch queues the event that makes its parent
+        name = self.outbox.put_aside(event)
+        warn(f"MLflow at {self.outbox.uri}: {error}; what waited for it is put aside ({name})")
+        return None
 
     def _answered(self, delivered: int) -> None:
         if self.problem is not None and delivered:

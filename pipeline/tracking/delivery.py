@@ -33,6 +33,14 @@ _DATABASE_ERROR = "https://sqlalche.me/e/"  # a server calls a connection that i
 _MAX_FILES = 100  # file names shown with a dataset; all of them are in its digest
 
 
+class UnknownRun(LookupError):
+    """MLflow has no run with this key: it was deleted, or this is another server than the one that was told of it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"no run has the tag {KEY_TAG} = {key}")
+        self.key = key
+
+
 class Delivery:
     """Applies events to one MLflow server or database. Used by one thread at a time."""
 
@@ -109,7 +117,7 @@ class Delivery:
     def _find(self, key: str) -> str:
         run_id = self._search(key)
         if run_id is None:
-            raise LookupError(f"no run has the tag {KEY_TAG} = {key}: it was deleted; restore it in MLflow")
+            raise UnknownRun(key)
         return run_id
 
     def _run(self, spec: Mapping[str, Any], time: int, status: str | None = None) -> str:
@@ -207,7 +215,7 @@ class Delivery:
         self.client.set_terminated(run_id, "FINISHED", time)
         version = self._version(manifest, run_id, self.work_dir / data["manifest"])
         for alias in aliases_of(manifest):
-            if self.registry.alias(alias) < int(version.version):
+            if self.registry.increment_of(alias) < manifest.increment:
                 self.client.set_registered_model_alias(self.registered_model, alias, version.version)
 
     def _artifacts(self, run_id: str) -> "ArtifactRepository":

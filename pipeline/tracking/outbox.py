@@ -17,7 +17,7 @@ from pipeline.files import write_atomic
 
 OUTBOX = "outbox"
 _NAME = re.compile(r"\d{10}\.json")
-_DAMAGED = ".damaged"
+_DAMAGED, _ASIDE = ".damaged", ".aside"
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ class Outbox:
         """The oldest waiting event."""
         return next(iter(self._waiting.values()), None)
 
+    def makes_run(self, key: str) -> Event | None:
+        """The oldest waiting event that makes the run with this key."""
+        return next((e for e in self._waiting.values() if e.kind == "run" and e.data.get("key") == key), None)
+
+    def put_aside(self, event: Event) -> str:
+        """Wait with an event no longer, and keep its file under another name, which the audit tells; that name."""
+        self._waiting.pop(event.sequence, None)
+        path = self._path(event)
+        aside = path.with_name(path.name + _ASIDE)
+        if path.exists():
+            os.replace(path, aside)
+        return aside.name
+
     def remove(self, event: Event) -> None:
         """Forget a delivered event."""
         self._waiting.pop(event.sequence, None)
@@ -97,8 +110,9 @@ def read_outbox(work_dir: Path | str) -> tuple[list[Event], list[Path]]:
 
 
 def set_aside(work_dir: Path | str) -> list[Path]:
-    """The files that were no event when a launch read them, and were put aside."""
-    return sorted((Path(work_dir) / OUTBOX).glob(f"*{_DAMAGED}"))
+    """The files that were no event when a launch read them, or of a run that MLflow does not know."""
+    folder = Path(work_dir) / OUTBOX
+    return sorted([*folder.glob(f"*{_DAMAGED}"), *folder.glob(f"*{_ASIDE}")])
 
 
 def _read(path: Path) -> Event | None:

@@ -51,21 +51,21 @@ class Registry:
         if version is None:
             return False
         due = aliases_of(manifest)
-        return all(self.alias(alias) >= int(version.version) for alias in due)
+        return all(self.increment_of(alias) >= manifest.increment for alias in due)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias."""
         aliases = self.client.get_registered_model(self.registered_model).aliases
         return {alias: int(version) for alias, version in aliases.items()}
 
-    def alias(self, name: str) -> int:
-        """The version number that an alias names, 0 for none. Unlike `aliases`, it does not make MLflow read every
-        version.
+    def increment_of(self, alias: str) -> int:
+        """The increment whose version an alias names, 0 for none: versions are numbered as they were registered. Unlike
+        `aliases`, it does not make MLflow read every version.
         """
         from mlflow.exceptions import MlflowException
 
         try:
-            return int(self.client.get_model_version_by_alias(self.registered_model, name).version)
+            return int(self.client.get_model_version_by_alias(self.registered_model, alias).tags["increment"])
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise

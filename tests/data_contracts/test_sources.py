@@ -104,3 +104,16 @@ def test_a_file_is_named_below_its_root(roots):
 def test_without_a_root_nothing_is_read():
     with pytest.raises(UserError, match="no data root"):
         resolve_source("a.csv", [])
+
+
+def test_a_root_that_refuses_does_not_let_the_next_one_answer(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    roots = ["memory://bucket/data", str(tmp_path)]
+    assert resolve_source("a.csv", roots) == [str(tmp_path / "a.csv")]  # nothing of this name is there
+
+    def refuses(*_, **__):
+        raise PermissionError(13, "Access denied")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", refuses)
+    with pytest.raises(UserError, match=r"memory://bucket/data/a\.csv' cannot be listed \(Access denied\)"):
+        resolve_source("a.csv", roots)

@@ -46,6 +46,7 @@ def test_a_published_chain_stands_in_the_store_under_its_digests_and_fills_an_em
     assert open_in_step(second, uri) == [f"{uri}: took over increments 1 to 3"]
     assert open_in_step(second, uri) == open_in_step(first, uri) == []
     assert same_work(first) == same_work(second)
+    assert json.loads((second / "tracking.json").read_text())["id"]  # another work_dir than that of the same path there
     assert wrong(second, uri) == {}
     assert json.loads((second / "store.json").read_text()) == {"uri": uri}
     with pytest.raises(UserError, match=f"publishes into {uri} and the stream names no store; set store.uri"):

@@ -18,6 +18,7 @@ from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.reading import as_of
 from pipeline.tracking.registry import Registry
+from pipeline.tracking.withdrawal import withdrawn_paths
 from pipeline.upkeep import collect_garbage, restore, retire
 from tests.tracking.chains import Chain, data_of, wrong
 
@@ -163,6 +164,11 @@ def test_a_retired_task_takes_its_experts_predictions_and_data_along_and_the_cha
     assert any("router" in note for note in done.notes) and any(note.startswith("mails learned") for note in done.notes)
     chain.learn("chats", tasks=["reviews", "mails"])
     assert wrong(work_dir) == {}
+    data[0].parent.mkdir(parents=True, exist_ok=True)  # as a machine has it whose work another one retired
+    data[0].touch()
+    assert withdrawn_paths(work_dir, load_chain(work_dir)) == [data[0]]
+    retire(work_dir, "tweets")
+    assert not data[0].exists()
 
 
 def test_a_task_whose_expert_another_task_is_served_with_is_not_retired(chain, by_hand):
