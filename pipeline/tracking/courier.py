@@ -63,33 +63,37 @@ class Courier:
                         self._answered(delivered)
                         return
                 try:
-                    self.delivery.apply(event)
+                    delivered += self._apply(event)
                 except UnknownRun as error:
+                    if event.kind in ("run", "published"):
+                        raise  # the next launch queues the event that makes its parent
                     with self._lock:
-                        event = self._instead(event, error)
-                    if event is None:
-                        continue
-                    self.delivery.apply(event)
-                delivered += 1
-                with self._lock:
-                    self.outbox.remove(event)
+                        name = self.outbox.put_aside(event)  # it only adds to a run, and holds up no other
+                    warn(f"MLflow at {self.outbox.uri}: {error}; what waited for it is put aside ({name})")
         except Exception as error:  # of whatever kind: a server, a database driver and MLflow each raise their own
             self.delivery.forget()
             with self._lock:
                 self._failed(error)
 
-    def _instead(self, event: Event, error: UnknownRun) -> Event | None:
-        """What to deliver before an event of a run that MLflow does not know: the event that makes it, if it waits.
-        Else, of an event that only adds to a run, nothing: it is put aside, and holds up no other.
+    def _apply(self, event: Event) -> int:
+        """Deliver an event, before it those that make the runs it needs where MLflow does not know them; how many.
+
+        Raises UnknownRun where no event that waits makes such a run.
         """
-        makes = self.outbox.makes_run(error.key)
-        if makes is not None and makes is not event:
-            return makes
-        if event.kind in ("run", "published"):
-            raise error  # the next launch queues the event that makes its parent
-        name = self.outbox.put_aside(event)
-        warn(f"MLflow at {self.outbox.uri}: {error}; what waited for it is put aside ({name})")
-        return None
+        delivered = 0
+        while True:
+            try:
+                self.delivery.apply(event)
+                break
+            except UnknownRun as error:
+                with self._lock:
+                    makes = self.outbox.makes_run(error.key)
+                if makes is None:
+                    raise
+                delivered += self._apply(makes)
+        with self._lock:
+            self.outbox.remove(event)
+        return delivered + 1
 
     def _answered(self, delivered: int) -> None:
         if self.problem is not None and delivered:

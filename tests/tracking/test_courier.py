@@ -42,3 +42,14 @@ def test_what_a_lost_server_knew_alone_holds_nothing_up_and_is_kept_in_a_file(tm
     assert server.told == [("run", "stream"), ("run", "increment"), ("metrics", 8)]
     assert "what waited for it is put aside" in capsys.readouterr().err
     assert len(Outbox(tmp_path, "http://new")) == 0
+
+
+def test_a_run_is_made_before_what_waits_for_it_and_its_parent_before_it(tmp_path):
+    outbox = Outbox(tmp_path, "http://new")
+    outbox.append("metrics", {"run": "increment", "step": 7})  # of a launch before; the server was lost meanwhile
+    outbox.append("run", {"key": "increment", "parent": "stream"})
+    outbox.append("run", {"key": "stream", "parent": None})
+    server = Server()
+    assert Courier(outbox, server).flush(10)
+    assert server.told == [("run", "stream"), ("run", "increment"), ("metrics", 7)]
+    assert len(outbox) == 0 and set_aside(tmp_path) == []
