@@ -123,6 +123,19 @@ def sum_received(gathers: Iterable[Gathered]) -> int:
     return sum(gather.received for gather in gathers)
 
 
+def layer_pass(architecture: Architecture, placement: Placement, workload: Workload, sequences: int = 0) -> RoutedPass:
+    """`routed_pass` of each routed layer of this backbone, placed so, for a micro-batch."""
+    return routed_pass(
+        workload.tokens,
+        architecture.top_k,
+        architecture.hidden_size,
+        architecture.num_experts,
+        placement.expert_parallel,
+        workload.element_bytes,
+        sequences,
+    )
+
+
 def traffic_of(architecture: Architecture, trainable: Trainable, placement: Placement, workload: Workload) -> Traffic:
     """Bytes of one optimizer step of one rank."""
     first = trainable.first_layer
@@ -131,15 +144,7 @@ def traffic_of(architecture: Architecture, trainable: Trainable, placement: Plac
     all_to_all = 0
     for layer in architecture.routed_layers:
         plays = workload.adversary and trainable.method.plays and layer in played
-        payload = routed_pass(
-            workload.tokens,
-            architecture.top_k,
-            architecture.hidden_size,
-            architecture.num_experts,
-            placement.expert_parallel,
-            workload.element_bytes,
-            workload.sequences if plays else 0,
-        )
+        payload = layer_pass(architecture, placement, workload, workload.sequences if plays else 0)
         forwards = 2 if workload.activation_checkpointing and layer in has_backward else 1
         backward = payload.backward if layer in has_backward else 0
         all_to_all += workload.micro_batches * (forwards * payload.forward + backward)

@@ -16,7 +16,7 @@ from pipeline.placement.architecture import load_architecture
 from pipeline.placement.cluster import FP32, Placement, Workload, check
 from pipeline.placement.learner import expert_parallel_size, read_deepspeed_config
 from pipeline.placement.memory import memory_of
-from pipeline.placement.traffic import routed_pass
+from pipeline.placement.traffic import layer_pass
 from pipeline.placement.trainable import MethodChoice, SubExperts, trainable_of
 
 WRITTEN_TIMES = 3  # token shards, their temporary copy and the spooled rows, against the source files' bytes
@@ -45,14 +45,7 @@ def sizes_of(config: StreamConfig, plan: ExpertPlan | None, hosts: int, ranks_pe
     memory = memory_of(architecture, trainable, placement, workload)
     token_copies = 0
     if architecture.routed_layers:
-        token_copies = routed_pass(
-            workload.tokens,
-            architecture.top_k,
-            architecture.hidden_size,
-            architecture.num_experts,
-            placement.expert_parallel,
-            workload.element_bytes,
-        ).dispatch
+        token_copies = layer_pass(architecture, placement, workload).dispatch
     largest = memory.largest_layer if placement.zero_stage == 3 else 0
     return Sizes(
         memory=memory.total,
