@@ -20,8 +20,9 @@ from transformers.activations import SiLUActivation
 from pipeline.backbones.families import RoutedBlock
 from pipeline.experts.discriminator import AdversaryStep, AttachLoss, Discriminator, Places
 from pipeline.experts.dispatch import route
-from pipeline.experts.kernel import Frozen, MixedSwiglu, Shape
+from pipeline.experts.kernel import MixedSwiglu
 from pipeline.experts.lora import LoraExpert, LoraOptions
+from pipeline.experts.segment import Frozen, Shape
 from pipeline.experts.swiglu import GroupedLinear, add, expert_down, plain_mixed
 
 

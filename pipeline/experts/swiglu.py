@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from pipeline.experts.kernel import Frozen, Shape, membership
 from pipeline.experts.lora import LoraExpert
+from pipeline.experts.passes_torch import membership
+from pipeline.experts.segment import Frozen, Shape
 
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (C, in), weight -> (C, out), no bias
 

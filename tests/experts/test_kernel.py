@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.experts import kernel
-from pipeline.experts.kernel import Frozen, MixedSwiglu, Shape
+from pipeline.experts import passes_torch
+from pipeline.experts.kernel import MixedSwiglu
 from pipeline.experts.lora import LoraExpert, LoraPair
+from pipeline.experts.segment import Frozen, Shape
 from pipeline.experts.swiglu import plain_mixed
 
 WIDTH, FFN_WIDTH, RANK, ROWS = 13, 17, 3, 4
@@ -57,7 +58,7 @@ def gradients(outputs, wanted):
 def test_values_and_every_gradient_equal_plain_autograd(
     counts, targeted, num_experts, dropout, pooled_rows, monkeypatch
 ):
-    monkeypatch.setattr(kernel, "BLOCK_BYTES", 1)  # blocks of the least size: several in a segment
+    monkeypatch.setattr(passes_torch, "BLOCK_BYTES", 1)  # blocks of the least size: several in a segment
     frozen, experts, x, beta, slot, share = case(counts, targeted, num_experts, biases=dropout)
     dropped = x * torch.bernoulli(torch.full_like(x, 0.7)) / 0.7 if dropout else None
     shape = Shape(counts, 1.7, targeted, num_experts, 0.0, pooled_rows, num_experts - 1)
