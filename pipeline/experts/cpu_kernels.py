@@ -1,13 +1,17 @@
 """What passes_cpu.py runs over each element, as loops that numba compiles for the processor at hand.
 
 Compiled once for each dtype (about twenty seconds), then kept beside this file, or in the user's cache where that
-cannot be written. bf16 comes and goes as its bits (uint16, which numpy has); all arithmetic is fp32. The loops run over
-a chunk of columns for all tokens, so that the chunk's LoRA weights stay in the cache, and inner loops touch few arrays
-that lie contiguous: more, and the compiler no longer proves that they do not overlap, and does not vectorise. Not-a-
-number and infinity stay what they are.
+cannot be written. bf16 comes and goes as its bits (uint16, which numpy has); all arithmetic is fp32. The loops take
+`COLUMNS` of `TOKENS` tokens at once, so that they and the chunk's LoRA weights stay in the cache, and read every weight
+once for two tokens. Not-a-number and infinity stay what they are.
 
-Legend: C tokens, F FFN width, R LoRA rank (a multiple of `RANKS`), n LoRA experts, P pooled rows. `weights` are
-(n, 3, R, F): B_gate transposed, B_up transposed, A_down. `low` is (C, n, 2, R): scaling A x, of gate and of up.
+What a loop works on lies in flat fp32 buffers of *rows*, `COLUMNS` numbers each: of one buffer the compiler knows which
+rows overlap, so that it vectorises. Row numbers and places are unsigned, which saves the test for places counted from
+the end.
+
+Legend: C tokens, padded to a multiple of `TOKENS` in every array but those of width F; F FFN width, R LoRA rank (a
+multiple of `RANKS`), n LoRA experts, P pooled rows. `weights` are (n, 3, R, F): B_gate transposed, B_up transposed,
+A_down. `low` is (C, n, 2, R) laid flat: scaling A x, of gate and of up. What stands for padding is zero.
 """
 
 from collections.abc import Callable
@@ -16,10 +20,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-F4 = np.float32
-COLUMNS = 512  # of a chunk
+F4, U8 = np.float32, np.uint64
+COLUMNS = 512  # of a row of a buffer
 RANKS = 8  # `_expand` and `_contract` take so many ranks at once
-TOKENS = 8  # `_outer` takes so many tokens at once
+TOKENS = 8  # tokens of a turn; `_outer` takes so many at once
+ROW, ROW_2, ROW_3, ROW_4, ROW_5, ROW_6, ROW_7 = (U8(COLUMNS * place) for place in range(1, 8))  # the following rows
+ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN = (U8(place) for place in range(1, 8))
 FASTMATH = {"reassoc", "contract", "arcp", "nsz", "afn"}  # not nnan, not ninf
 
 
@@ -86,100 +92,262 @@ def _sigmoid(x):
 
 
 @_compiled
-def _load(row, out):
-    for f in range(out.size):
-        out[f] = _widen(row[f])
+def _load(source, column, size, buffer, row):
+    """A row of the buffer from `size` columns of a token, zeros behind them."""
+    at = row * ROW
+    for f in range(U8(size)):
+        buffer[at + f] = _widen(source[U8(column) + f])
+    for f in range(U8(size), ROW):
+        buffer[at + f] = F4(0)
 
 
 @_compiled
-def _expand(out, low, w):
-    """out[f] += sum_j low[j] w[j, f]; a zero low product beside an infinite weight is not looked for."""
-    for j in range(0, low.size, RANKS):
-        l0, l1, l2, l3 = low[j], low[j + 1], low[j + 2], low[j + 3]
-        l4, l5, l6, l7 = low[j + 4], low[j + 5], low[j + 6], low[j + 7]
-        for f in range(out.size):
-            first = l0 * w[j, f] + l1 * w[j + 1, f] + l2 * w[j + 2, f] + l3 * w[j + 3, f]
-            out[f] += first + l4 * w[j + 4, f] + l5 * w[j + 5, f] + l6 * w[j + 6, f] + l7 * w[j + 7, f]
+def _unload(buffer, row, out, column, size):
+    at = row * ROW
+    for f in range(U8(size)):
+        _store(out, U8(column) + f, buffer[at + f])
 
 
 @_compiled
-def _contract(values, w, sums):
-    """sums[j] += sum_f values[f] w[j, f]"""
-    for j in range(0, sums.size, RANKS):
-        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = F4(0)
-        for f in range(values.size):
-            v = values[f]
-            s0 += v * w[j, f]
-            s1 += v * w[j + 1, f]
-            s2 += v * w[j + 2, f]
-            s3 += v * w[j + 3, f]
-            s4 += v * w[j + 4, f]
-            s5 += v * w[j + 5, f]
-            s6 += v * w[j + 6, f]
-            s7 += v * w[j + 7, f]
-        sums[j] += s0
-        sums[j + 1] += s1
-        sums[j + 2] += s2
-        sums[j + 3] += s3
-        sums[j + 4] += s4
-        sums[j + 5] += s5
-        sums[j + 6] += s6
-        sums[j + 7] += s7
+def _clear(buffer, row, rows):
+    for f in range(row * ROW, (row + rows) * ROW):
+        buffer[f] = F4(0)
 
 
 @_compiled
-def _outer(total, low, rows):
-    """total[j, f] += sum_i low[j, i] rows[i, f] over `TOKENS` tokens"""
-    for j in range(total.shape[0]):
-        l0, l1, l2, l3 = low[j, 0], low[j, 1], low[j, 2], low[j, 3]
-        l4, l5, l6, l7 = low[j, 4], low[j, 5], low[j, 6], low[j, 7]
-        for f in range(total.shape[1]):
-            first = l0 * rows[0, f] + l1 * rows[1, f] + l2 * rows[2, f] + l3 * rows[3, f]
-            total[j, f] += first + l4 * rows[4, f] + l5 * rows[5, f] + l6 * rows[6, f] + l7 * rows[7, f]
+def _expand(buffer, source, to, low, at, stride, weights, row, ranks):
+    """For `TOKENS` rows of the buffer: row `to` = row `source` + sum_j low[at + stride i + j] weights[row + j]."""
+    for token in range(U8(0), U8(TOKENS), TWO):
+        s, o = (source + token) * ROW, (to + token) * ROW
+        for j in range(U8(0), ranks, U8(RANKS)):
+            x = at + token * stride + j
+            y = x + stride
+            x0, x1, x2, x3 = low[x], low[x + ONE], low[x + TWO], low[x + THREE]
+            x4, x5, x6, x7 = low[x + FOUR], low[x + FIVE], low[x + SIX], low[x + SEVEN]
+            y0, y1, y2, y3 = low[y], low[y + ONE], low[y + TWO], low[y + THREE]
+            y4, y5, y6, y7 = low[y + FOUR], low[y + FIVE], low[y + SIX], low[y + SEVEN]
+            p = (row + j) * ROW
+            for f in range(ROW):
+                w0, w1, w2, w3 = (
+                    weights[p + f],
+                    weights[p + ROW + f],
+                    weights[p + ROW_2 + f],
+                    weights[p + ROW_3 + f],
+                )
+                w4, w5, w6, w7 = (
+                    weights[p + ROW_4 + f],
+                    weights[p + ROW_5 + f],
+                    weights[p + ROW_6 + f],
+                    weights[p + ROW_7 + f],
+                )
+                v = buffer[s + f] + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+                buffer[o + f] = v + x4 * w4 + x5 * w5 + x6 * w6 + x7 * w7
+                v = buffer[s + ROW + f] + y0 * w0 + y1 * w1 + y2 * w2 + y3 * w3
+                buffer[o + ROW + f] = v + y4 * w4 + y5 * w5 + y6 * w6 + y7 * w7
+            s = o
+
+
+@_compiled
+def _contract(buffer, source, sums, at, stride, weights, row, ranks):
+    """For `TOKENS` rows of the buffer: sums[at + stride i + j] += sum_f (row `source`)[f] weights[row + j, f]."""
+    for token in range(U8(0), U8(TOKENS), TWO):
+        s = (source + token) * ROW
+        for j in range(U8(0), ranks, U8(RANKS)):
+            x0 = x1 = x2 = x3 = x4 = x5 = x6 = x7 = F4(0)
+            y0 = y1 = y2 = y3 = y4 = y5 = y6 = y7 = F4(0)
+            p = (row + j) * ROW
+            for f in range(ROW):
+                v, w = buffer[s + f], buffer[s + ROW + f]
+                m = weights[p + f]
+                x0 += v * m
+                y0 += w * m
+                m = weights[p + ROW + f]
+                x1 += v * m
+                y1 += w * m
+                m = weights[p + ROW_2 + f]
+                x2 += v * m
+                y2 += w * m
+                m = weights[p + ROW_3 + f]
+                x3 += v * m
+                y3 += w * m
+                m = weights[p + ROW_4 + f]
+                x4 += v * m
+                y4 += w * m
+                m = weights[p + ROW_5 + f]
+                x5 += v * m
+                y5 += w * m
+                m = weights[p + ROW_6 + f]
+                x6 += v * m
+                y6 += w * m
+                m = weights[p + ROW_7 + f]
+                x7 += v * m
+                y7 += w * m
+            x = at + token * stride + j
+            _add_eight(sums, x, x0, x1, x2, x3, x4, x5, x6, x7)
+            _add_eight(sums, x + stride, y0, y1, y2, y3, y4, y5, y6, y7)
+
+
+@njit(inline="always")
+def _add_eight(sums, at, v0, v1, v2, v3, v4, v5, v6, v7):
+    sums[at] += v0
+    sums[at + ONE] += v1
+    sums[at + TWO] += v2
+    sums[at + THREE] += v3
+    sums[at + FOUR] += v4
+    sums[at + FIVE] += v5
+    sums[at + SIX] += v6
+    sums[at + SEVEN] += v7
+
+
+@_compiled
+def _outer(total, place, low, at, stride, buffer, row, ranks):
+    """total[place + j] += sum_i low[at + stride i + j] (row `row` + i of the buffer), over `TOKENS` tokens."""
+    r = row * ROW
+    for j in range(U8(0), ranks, TWO):
+        x = at + j
+        y = x + ONE
+        x0, x1, x2, x3 = low[x], low[x + stride], low[x + TWO * stride], low[x + THREE * stride]
+        y0, y1, y2, y3 = low[y], low[y + stride], low[y + TWO * stride], low[y + THREE * stride]
+        x, y = x + FOUR * stride, y + FOUR * stride
+        x4, x5, x6, x7 = low[x], low[x + stride], low[x + TWO * stride], low[x + THREE * stride]
+        y4, y5, y6, y7 = low[y], low[y + stride], low[y + TWO * stride], low[y + THREE * stride]
+        o = (place + j) * ROW
+        for f in range(ROW):
+            v0, v1, v2, v3 = buffer[r + f], buffer[r + ROW + f], buffer[r + ROW_2 + f], buffer[r + ROW_3 + f]
+            v4, v5, v6, v7 = (
+                buffer[r + ROW_4 + f],
+                buffer[r + ROW_5 + f],
+                buffer[r + ROW_6 + f],
+                buffer[r + ROW_7 + f],
+            )
+            first = x0 * v0 + x1 * v1 + x2 * v2 + x3 * v3
+            total[o + f] += first + x4 * v4 + x5 * v5 + x6 * v6 + x7 * v7
+            first = y0 * v0 + y1 * v1 + y2 * v2 + y3 * v3
+            total[o + ROW + f] += first + y4 * v4 + y5 * v5 + y6 * v6 + y7 * v7
+
+
+@_compiled
+def _multiply(buffer, row, other):
+    for f in range(U8(TOKENS) * ROW):
+        buffer[row * ROW + f] *= buffer[other * ROW + f]
+
+
+@_compiled
+def _add(buffer, row, other, rows):
+    for f in range(U8(rows) * ROW):
+        buffer[row * ROW + f] += buffer[other * ROW + f]
+
+
+@_compiled
+def _cut(weights, column, size, out):
+    """The chunk's columns of all weights, a row each."""
+    experts, places, ranks, _ = weights.shape
+    for e in range(experts):
+        for place in range(places):
+            for j in range(ranks):
+                _load(weights[e, place, j], column, size, out, U8((e * places + place) * ranks + j))
+
+
+# rows of the forward buffer, `TOKENS` each
+A, B, GATE, UP, MIXED = (U8(TOKENS * place) for place in range(5))
+NOISE = UP  # once h is known
+
+
+@_compiled
+def _activate(buffer, token, weigh):
+    """gate -> h = SiLU(gate) up, and mixed += weigh h"""
+    gate, up, mixed = (GATE + token) * ROW, (UP + token) * ROW, (MIXED + token) * ROW
+    for f in range(ROW):
+        value = buffer[gate + f]
+        value *= _sigmoid(value) * buffer[up + f]
+        buffer[gate + f] = value
+        buffer[mixed + f] += weigh * value
+
+
+@_compiled
+def _pool(buffer, token, part, means, column, size):
+    h = (GATE + token) * ROW
+    for f in range(U8(size)):
+        means[U8(column) + f] += part * buffer[h + f]
 
 
 @_compiled
 def forward(start, stop, a, b, low, weights, beta, noise, slot, share, shared, mixed, low_down, means):
-    """Tokens `start` to `stop`, in the dtype of a: mixed (C, F) = sum_e beta_e h_e. Added to: low_down (C, n, R), the
-    products A_down,e h_e before beta, and means (P, F).
+    """Tokens `start` to `stop`, in the dtype of a: mixed (C, F) = sum_e beta_e h_e. Added to: low_down (C, n, R) laid
+    flat, the products A_down,e h_e before beta, and means (P, F).
 
     Args:
+        start: a multiple of `TOKENS`.
         a, b: (C, F); beta: (C, n); noise: (n, C, F), or of no size; slot, share: (C,), or of no size.
     """
-    experts, _, _, width = weights.shape
-    drops, pools = noise.size > 0, means.size > 0
+    experts, _, ranks, width = weights.shape
+    drops, pools, r = noise.size > 0, means.size > 0, U8(ranks)
+    stride = U8(experts * 2 * ranks)
+    w = np.empty(experts * 3 * ranks * COLUMNS, F4)
+    buffer = np.empty(5 * TOKENS * COLUMNS, F4)
     for column in range(0, width, COLUMNS):
         size = min(COLUMNS, width - column)
-        end = column + size
-        w = np.ascontiguousarray(weights[:, :, :, column:end])
-        frozen_a, frozen_b, total = np.empty(size, F4), np.empty(size, F4), np.empty(size, F4)
-        h, up = np.empty(size, F4), np.empty(size, F4)
-        for t in range(start, stop):
-            _load(a[t, column:end], frozen_a)
-            _load(b[t, column:end], frozen_b)
-            total[:] = F4(0)
+        _cut(weights, column, size, w)
+        for first in range(start, stop, TOKENS):
+            count = min(TOKENS, stop - first)
+            if count < TOKENS:
+                _clear(buffer, A, U8(2 * TOKENS))
+            for i in range(count):
+                _load(a[first + i], column, size, buffer, A + U8(i))
+                _load(b[first + i], column, size, buffer, B + U8(i))
+            _clear(buffer, MIXED, U8(TOKENS))
             for e in range(experts):
-                h[:] = frozen_a
-                up[:] = frozen_b
-                _expand(h, low[t, e, 0], w[e, 0])
-                _expand(up, low[t, e, 1], w[e, 1])
-                weigh = beta[t, e]
-                for f in range(size):
-                    value = h[f] * _sigmoid(h[f]) * up[f]
-                    h[f] = value
-                    total[f] += weigh * value
+                at, row = U8((first * experts + e) * 2 * ranks), U8(e * 3 * ranks)
+                _expand(buffer, A, GATE, low, at, stride, w, row, r)
+                _expand(buffer, B, UP, low, at + r, stride, w, row + r, r)
+                for i in range(TOKENS):
+                    _activate(buffer, U8(i), beta[first + i, e])
                 if pools and e == shared:
-                    row, part = means[slot[t], column:end], share[t]
-                    for f in range(size):
-                        row[f] += part * h[f]
+                    for i in range(count):
+                        _pool(buffer, U8(i), share[first + i], means[slot[first + i]], column, size)
                 if drops:
-                    _load(noise[e, t, column:end], up)
-                    for f in range(size):
-                        h[f] *= up[f]
-                _contract(h, w[e, 2], low_down[t, e])
-            out = mixed[t, column:end]
-            for f in range(size):
-                _store(out, f, total[f])
+                    for i in range(count):
+                        _load(noise[e, first + i], column, size, buffer, NOISE + U8(i))
+                    _multiply(buffer, GATE, NOISE)
+                at = U8((first * experts + e) * ranks)
+                _contract(buffer, GATE, low_down, at, U8(experts * ranks), w, row + TWO * r, r)
+            for i in range(count):
+                _unload(buffer, MIXED + U8(i), mixed[first + i], column, size)
+
+
+# rows of the backward buffer, `TOKENS` each
+A, B, D_GATE, D_UP, D_H, ABOVE, SUM_A, SUM_B, MEANS, POOLED = (U8(TOKENS * place) for place in range(10))
+
+
+@_compiled
+def _differentiate(buffer, token, weigh, pools, part):
+    """One token of one LoRA expert.
+
+    gate, up and dh become the gradients of gate and up and weigh h; the sums for a and b are added to. Where it
+    pools, the gradient of the pooled mean becomes those of gate and up through it. Returns h dh, weigh's gradient.
+    """
+    gate, up, dh = (D_GATE + token) * ROW, (D_UP + token) * ROW, (D_H + token) * ROW
+    sum_a, sum_b = (SUM_A + token) * ROW, (SUM_B + token) * ROW
+    mean, pooled_up = (MEANS + token) * ROW, (POOLED + token) * ROW
+    dot = F4(0)
+    for f in range(ROW):
+        g, u, d = buffer[gate + f], buffer[up + f], buffer[dh + f]
+        soft = _sigmoid(g)
+        active = g * soft
+        slope = (soft + active * (F4(1) - soft)) * u
+        h = active * u
+        dot += h * d
+        d *= weigh
+        buffer[dh + f] = weigh * h
+        buffer[gate + f] = d * slope
+        buffer[up + f] = d * active
+        buffer[sum_a + f] += d * slope
+        buffer[sum_b + f] += d * active
+        if pools:
+            above = part * buffer[mean + f]
+            buffer[mean + f] = above * slope
+            buffer[pooled_up + f] = above * active
+    return dot
 
 
 @_compiled
@@ -208,99 +376,72 @@ def backward(
     """Tokens `start` to `stop`; what `forward` computed is computed again.
 
     Args:
-        a to shared: as for `forward`.
-        dmixed: (C, F); dlow_down: (C, n, R), of A_down,e (beta_e h_e); dmeans: (P, F), or of no size.
+        start to shared: as for `forward`.
+        dmixed: (C, F); dlow_down: (C, n, R) laid flat, of A_down,e (beta_e h_e); dmeans: (P, F), or of no size.
         da, db: (C, F), filled; dweights: like weights, filled with the sums over these tokens.
-        dlow: (C, n, 2, R), dlow_pooled: (C, 2, R), dbeta: (C, n), added to; the first two are to be scaled.
+        dlow: (C, n, 2, R), dlow_pooled: (C, 2, R), laid flat, dbeta: (C, n), added to; the first two are to be scaled.
     """
     experts, _, ranks, width = weights.shape
-    drops, pools = noise.size > 0, dmeans.size > 0
-    lows = np.zeros((3, ranks, TOKENS), F4)  # the low-rank side of each weight's gradient
+    drops, pools, r = noise.size > 0, dmeans.size > 0, U8(ranks)
+    stride, stride_down = U8(experts * 2 * ranks), U8(experts * ranks)
+    w = np.empty(experts * 3 * ranks * COLUMNS, F4)
+    total = np.empty(w.size, F4)
+    buffer = np.zeros(10 * TOKENS * COLUMNS, F4)
     for column in range(0, width, COLUMNS):
         size = min(COLUMNS, width - column)
-        end = column + size
-        w = np.ascontiguousarray(weights[:, :, :, column:end])
-        total = np.zeros(w.shape, F4)
-        wides = np.zeros((3, TOKENS, size), F4)  # and the wide side
-        frozen_a, frozen_b = np.empty((TOKENS, size), F4), np.empty((TOKENS, size), F4)
-        above = np.empty((TOKENS, size), F4)
-        sum_a, sum_b = np.empty((TOKENS, size), F4), np.empty((TOKENS, size), F4)
-        gate, up, dh, keep = np.empty(size, F4), np.empty(size, F4), np.empty(size, F4), np.empty(size, F4)
+        _cut(weights, column, size, w)
+        total[:] = F4(0)
         for first in range(start, stop, TOKENS):
             count = min(TOKENS, stop - first)
+            if count < TOKENS:
+                for row in (A, B, ABOVE, MEANS):
+                    _clear(buffer, row, U8(TOKENS))
             for i in range(count):
-                _load(a[first + i, column:end], frozen_a[i])
-                _load(b[first + i, column:end], frozen_b[i])
-                _load(dmixed[first + i, column:end], above[i])
-            sum_a[:] = F4(0)
-            sum_b[:] = F4(0)
+                _load(a[first + i], column, size, buffer, A + U8(i))
+                _load(b[first + i], column, size, buffer, B + U8(i))
+                _load(dmixed[first + i], column, size, buffer, ABOVE + U8(i))
+            _clear(buffer, SUM_A, U8(2 * TOKENS))
             for e in range(experts):
-                lows[:] = F4(0)  # for the tokens that a last run of them lacks
-                for i in range(count):
-                    t = first + i
-                    weigh = beta[t, e]
-                    d_gate, d_up, h, to_a, to_b = wides[0, i], wides[1, i], wides[2, i], sum_a[i], sum_b[i]
-                    gate[:] = frozen_a[i]
-                    up[:] = frozen_b[i]
-                    _expand(gate, low[t, e, 0], w[e, 0])
-                    _expand(up, low[t, e, 1], w[e, 1])
-                    if drops:
-                        dh[:] = F4(0)
-                        _expand(dh, dlow_down[t, e], w[e, 2])
-                        _load(noise[e, t, column:end], keep)
-                        for f in range(size):
-                            dh[f] *= keep[f]
-                        for f in range(size):
-                            dh[f] += above[i, f]
-                    else:
-                        dh[:] = above[i]
-                        _expand(dh, dlow_down[t, e], w[e, 2])
-                    for f in range(size):  # from here `gate` is dh/d(gate), `up` is dh/d(up)
-                        soft = _sigmoid(gate[f])
-                        active = gate[f] * soft
-                        h[f] = active * up[f]
-                        gate[f] = (soft + active * (F4(1) - soft)) * up[f]
-                        up[f] = active
-                    dot = F4(0)
-                    for f in range(size):
-                        dot += h[f] * dh[f]
-                    dbeta[t, e] += dot
-                    for f in range(size):
-                        value = weigh * dh[f] * gate[f]
-                        d_gate[f] = value
-                        to_a[f] += value
-                    for f in range(size):
-                        value = weigh * dh[f] * up[f]
-                        d_up[f] = value
-                        to_b[f] += value
-                    _contract(d_gate, w[e, 0], dlow[t, e, 0])
-                    _contract(d_up, w[e, 1], dlow[t, e, 1])
-                    if drops:
-                        for f in range(size):
-                            h[f] *= keep[f]
-                    if pools and e == shared:  # reaches the LoRA pairs alone, not a, b or beta
-                        row, part = dmeans[slot[t], column:end], share[t]
-                        for f in range(size):
-                            gate[f] *= part * row[f]
-                        for f in range(size):
-                            up[f] *= part * row[f]
-                        _contract(gate, w[e, 0], dlow_pooled[t, 0])
-                        _contract(up, w[e, 1], dlow_pooled[t, 1])
-                        for f in range(size):
-                            d_gate[f] += gate[f]
-                        for f in range(size):
-                            d_up[f] += up[f]
-                    for j in range(ranks):
-                        lows[0, j, i] = low[t, e, 0, j]
-                        lows[1, j, i] = low[t, e, 1, j]
-                        lows[2, j, i] = weigh * dlow_down[t, e, j]
-                for place in range(3):
-                    _outer(total[e, place], lows[place], wides[place])
+                at, row = U8((first * experts + e) * 2 * ranks), U8(e * 3 * ranks)
+                at_down, row_down = U8((first * experts + e) * ranks), row + TWO * r
+                pooled = pools and e == shared
+                _expand(buffer, A, D_GATE, low, at, stride, w, row, r)
+                _expand(buffer, B, D_UP, low, at + r, stride, w, row + r, r)
+                if drops:
+                    for i in range(count):
+                        _load(noise[e, first + i], column, size, buffer, POOLED + U8(i))
+                    _clear(buffer, D_H, U8(TOKENS))
+                    _expand(buffer, D_H, D_H, dlow_down, at_down, stride_down, w, row_down, r)
+                    _multiply(buffer, D_H, POOLED)
+                    _add(buffer, D_H, ABOVE, TOKENS)
+                else:
+                    _expand(buffer, ABOVE, D_H, dlow_down, at_down, stride_down, w, row_down, r)
+                if pooled:
+                    for i in range(count):
+                        _load(dmeans[slot[first + i]], column, size, buffer, MEANS + U8(i))
+                for i in range(TOKENS):
+                    part = share[first + i] if pooled else F4(0)
+                    dbeta[first + i, e] += _differentiate(buffer, U8(i), beta[first + i, e], pooled, part)
+                _contract(buffer, D_GATE, dlow, at, stride, w, row, r)
+                _contract(buffer, D_UP, dlow, at + r, stride, w, row + r, r)
+                if pooled:  # reaches the LoRA pairs alone, not a, b or beta
+                    two = U8(2 * ranks)
+                    _contract(buffer, MEANS, dlow_pooled, U8(first) * two, two, w, row, r)
+                    _contract(buffer, POOLED, dlow_pooled, U8(first) * two + r, two, w, row + r, r)
+                    _add(buffer, D_GATE, MEANS, TOKENS)
+                    _add(buffer, D_UP, POOLED, TOKENS)
+                if drops:
+                    for i in range(count):
+                        _load(noise[e, first + i], column, size, buffer, POOLED + U8(i))
+                    _multiply(buffer, D_H, POOLED)
+                _outer(total, row, low, at, stride, buffer, D_GATE, r)
+                _outer(total, row + r, low, at + r, stride, buffer, D_UP, r)
+                _outer(total, row_down, dlow_down, at_down, stride_down, buffer, D_H, r)
             for i in range(count):
-                out_a, out_b = da[first + i, column:end], db[first + i, column:end]
-                from_a, from_b = sum_a[i], sum_b[i]
-                for f in range(size):
-                    _store(out_a, f, from_a[f])
-                for f in range(size):
-                    _store(out_b, f, from_b[f])
-        dweights[:, :, :, column:end] = total
+                _unload(buffer, SUM_A + U8(i), da[first + i], column, size)
+                _unload(buffer, SUM_B + U8(i), db[first + i], column, size)
+        for e in range(experts):
+            for place in range(3):
+                for j in range(ranks):
+                    row = U8((e * 3 + place) * ranks + j)
+                    _unload(total, row, dweights[e, place, j], column, size)

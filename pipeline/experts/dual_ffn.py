@@ -180,7 +180,7 @@ class ExpertFFN(nn.Module):
         # the gate reads x alone, so the owner of a routed expert computes it again where the token landed
         beta = self.gate_weights(x)[:, self._places()] if len(experts) > 1 else None
         targeted = tuple(experts[0])
-        whole = len(experts) == len(self.roles)  # the softmax is over those that speak
+        whole = len(experts) == len(self.roles) == 2  # the softmax is over those that speak
         shape = Shape(counts, self.scaling, targeted, len(experts), dropout, pooled_rows, self._shared(), whole)
         if not isinstance(act_fn, (nn.SiLU, SiLUActivation)) or frozen.gate.requires_grad:
             return plain_mixed(shape, act_fn, x, dropped, beta, slot, share, frozen, experts)

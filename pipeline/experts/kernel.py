@@ -100,9 +100,10 @@ class MixedSwiglu(torch.autograd.Function):
 def _passes(x: torch.Tensor, width: int) -> "TorchPasses | CpuPasses":
     """The passes for x's device and dtype. Narrow networks are not worth the compiled kernels' import."""
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and width >= FUSED_FROM:
-        from pipeline.experts.passes_cpu import CpuPasses  # half a second, and needed on a CPU alone
+        from pipeline.experts.passes_cpu import CpuPasses, torchs_openmp  # half a second, and needed on a CPU alone
 
-        return CpuPasses()
+        if torchs_openmp() is not None:
+            return CpuPasses()
     return TorchPasses(x, width)
 
 

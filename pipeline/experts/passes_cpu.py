@@ -7,9 +7,8 @@ Legend: C tokens of the segment, F FFN width, R LoRA rank (padded to a multiple 
 experts, P pooled rows.
 """
 
-import os
+import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 
@@ -31,19 +30,19 @@ class CpuPasses:
         mixed = torch.empty_like(segment.a)
         shape, size, width = segment.shape, *mixed.shape
         given = _Given(segment)
-        raw = torch.zeros(size, shape.num_experts, given.rank)
+        raw = torch.zeros(given.rows, shape.num_experts, given.rank)
         cuts = _cuts(size)
         pooled = torch.zeros(len(cuts), 0 if means is None else shape.pooled_rows, width)
         _run(
             lambda thread, start, stop: cpu_kernels.forward(
-                start, stop, *given.arrays(), _array(mixed), raw.numpy(), pooled[thread].numpy()
+                start, stop, *given.arrays(), _array(mixed), raw.view(-1).numpy(), pooled[thread].numpy()
             ),
             cuts,
         )
         if means is not None:
             means += pooled.sum(dim=0)
         if low_down is not None:
-            low_down.copy_((raw * given.beta.unsqueeze(-1))[..., : segment.part.rank].flatten(1))
+            low_down.copy_((raw * given.beta.unsqueeze(-1))[:size, :, : segment.part.rank].flatten(1))
         return mixed
 
     def backward(
@@ -61,11 +60,11 @@ class CpuPasses:
         given = _Given(segment)
         n, rank = shape.num_experts, given.rank
         da, db = torch.empty_like(dmixed), torch.empty_like(dmixed)
-        below = torch.zeros(size, n, rank)
+        below = torch.zeros(given.rows, n, rank)
         if dlow_down is not None:
-            below[..., : part.rank] = dlow_down.view(size, n, part.rank)
-        dlow, dpooled = torch.zeros(size, n, 2, rank), torch.zeros(size, 2, rank)
-        dweigh = torch.zeros(size, n)
+            below[:size, :, : part.rank] = dlow_down.view(size, n, part.rank)
+        dlow, dpooled = torch.zeros(given.rows, n, 2, rank), torch.zeros(given.rows, 2, rank)
+        dweigh = torch.zeros(given.rows, n)
         above = torch.zeros(0, width) if dmeans is None else dmeans.float()
         cuts = _cuts(size)
         dweights = torch.empty(len(cuts), n, 3, rank, width)
@@ -74,7 +73,8 @@ class CpuPasses:
                 start,
                 stop,
                 *given.arrays(),
-                *map(_array, (dmixed, below, above, da, db, dlow, dpooled, dweigh, dweights[thread])),
+                *map(_array, (dmixed, below.view(-1), above, da, db, dlow.view(-1), dpooled.view(-1), dweigh)),
+                dweights[thread].numpy(),
             ),
             cuts,
         )
@@ -84,7 +84,7 @@ class CpuPasses:
                 if name in shape.targeted:
                     sums.add(e, name, int(name != "down_proj"), part.expert, total[e, place, : part.rank])
         if dbeta is not None:
-            dbeta.copy_(dweigh)
+            dbeta.copy_(dweigh[:size])
         if segment.low_in is None:
             return Backward(da, db, None, None)
         dlow_in, dlow_pooled = torch.empty_like(segment.low_in), None
@@ -92,9 +92,9 @@ class CpuPasses:
             dlow_pooled = torch.zeros_like(segment.low_in)
         for place, (e, name) in enumerate(shape.inward):
             columns, source = part.columns(place), PROJECTIONS.index(name)
-            dlow_in[:, columns] = dlow[:, e, source, : part.rank].mul_(shape.scaling)
+            dlow_in[:, columns] = dlow[:size, e, source, : part.rank].mul_(shape.scaling)
             if dlow_pooled is not None and e == shape.shared:
-                dlow_pooled[:, columns] = dpooled[:, source, : part.rank].mul_(shape.scaling)
+                dlow_pooled[:, columns] = dpooled[:size, source, : part.rank].mul_(shape.scaling)
         return Backward(da, db, dlow_in, dlow_pooled)
 
 
@@ -106,22 +106,29 @@ class _Given:
         self.segment = segment
         size, width = segment.a.shape
         self.rank = -(-part.rank // cpu_kernels.RANKS) * cpu_kernels.RANKS
-        self.low = torch.zeros(size, shape.num_experts, 2, self.rank)
+        self.rows = -(-size // cpu_kernels.TOKENS) * cpu_kernels.TOKENS
+        self.low = torch.zeros(self.rows, shape.num_experts, 2, self.rank)
         for place, (e, name) in enumerate(shape.inward):
-            self.low[:, e, PROJECTIONS.index(name), : part.rank] = segment.low_in[:, part.columns(place)]
+            self.low[:size, e, PROJECTIONS.index(name), : part.rank] = segment.low_in[:, part.columns(place)]
         self.weights = torch.zeros(shape.num_experts, 3, self.rank, width)  # B_gate^T, B_up^T, A_down
         for e, pairs in enumerate(part.pairs):
             for name, (lora_a, lora_b) in pairs.items():
                 factor = lora_a if name == "down_proj" else lora_b.T
                 self.weights[e, PROJECTIONS.index(name), : part.rank] = factor
-        self.beta = torch.ones(size, 1) if segment.beta is None else segment.beta.float().contiguous()
+        self.beta = self._padded(torch.ones(size, 1) if segment.beta is None else segment.beta)
         self.slot = torch.zeros(0, dtype=torch.int64) if segment.slot is None else segment.slot
-        self.share = torch.zeros(0) if segment.share is None else segment.share.float()
+        self.share = self._padded(torch.zeros(0) if segment.share is None else segment.share)
         self.noise = segment.a.new_zeros(0, 0, 0) if segment.noise is None else segment.noise.contiguous()
+
+    def _padded(self, values: torch.Tensor) -> torch.Tensor:
+        """One row a token, in fp32, with zeros for the tokens that fill the last turn of the kernels."""
+        padded = torch.zeros(self.rows, *values.shape[1:])
+        padded[: len(values)] = values
+        return padded
 
     def arrays(self) -> tuple:
         """The arguments of both kernels after `start` and `stop`."""
-        floats = map(_array, (self.segment.a, self.segment.b, self.low, self.weights, self.beta, self.noise))
+        floats = map(_array, (self.segment.a, self.segment.b, self.low.view(-1), self.weights, self.beta, self.noise))
         return *floats, self.slot.numpy(), self.share.numpy(), self.segment.shape.shared
 
 
@@ -134,23 +141,46 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _cuts(size: int) -> list[tuple[int, int]]:
-    """Equal runs of tokens, one a thread."""
+    """Runs of tokens, one a thread, as equal as whole turns of the kernels allow."""
+    turns = -(-size // cpu_kernels.TOKENS)
     parts = max(1, min(torch.get_num_threads(), size // TOKENS_A_THREAD))
-    edges = [size * part // parts for part in range(parts + 1)]
+    edges = [min(size, turns * part // parts * cpu_kernels.TOKENS) for part in range(parts + 1)]
     return list(pairwise(edges))
 
 
 def _run(call: Callable[[int, int, int], None], cuts: list[tuple[int, int]]) -> None:
-    """`call` for each cut at the same time; the kernels release the interpreter."""
-    others = [_pool().submit(call, thread, *cut) for thread, cut in enumerate(cuts) if thread]
-    call(0, *cuts[0])
-    for other in others:
-        other.result()
+    """`call` for each cut at the same time, on the threads that torch's own operations use: theirs go on spinning
+    for milliseconds after an operation, and threads beside them would wait for a core. Kernels release the interpreter.
+    """
+    if len(cuts) == 1:
+        call(0, *cuts[0])
+        return
+    openmp = torchs_openmp()
+    failures: list[BaseException] = []
+
+    def work(_data) -> None:
+        try:
+            thread = openmp.omp_get_thread_num()
+            for mine in range(thread, len(cuts), openmp.omp_get_num_threads()):  # a team may be smaller than asked for
+                call(mine, *cuts[mine])
+        except BaseException as error:
+            failures.append(error)
+
+    openmp.GOMP_parallel(_Work(work), None, len(cuts), 0)
+    if failures:
+        raise failures[0]
+
+
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="expert-passes")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+def torchs_openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch brought into this process, if it is one that has GNU's entry points."""
+    library = ctypes.CDLL(None)
+    try:
+        library.GOMP_parallel.argtypes = [_Work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.restype = None
+    except AttributeError:
+        return None
+    return library

@@ -22,7 +22,7 @@ class Shape:
     dropout: float  # on h, of the low-rank down-projection alone; 0 in evaluation
     pooled_rows: int  # P of one segment; 0: nothing is pooled
     shared: int = 0  # which LoRA expert is pooled
-    sums_to_one: bool = False  # beta does, over the experts that speak
+    sums_to_one: bool = False  # two experts speak, and beta sums to one over them
 
     @property
     def inward(self) -> list[tuple[int, str]]:

@@ -1,6 +1,6 @@
 """The fused passes of a CPU against torch's operations in fp64, and the parts of their loops against torch."""
 
-import multiprocessing
+import threading
 
 import numpy as np
 import pytest
@@ -159,13 +159,30 @@ def test_a_wide_network_in_fp64_and_a_narrow_one_take_torchs_operations():
     assert isinstance(kernel._passes(torch.zeros(1, device="meta"), 4096), kernel.TorchPasses)
 
 
-def _forked() -> None:
-    passes_cpu._run(lambda thread, start, stop: None, [(0, 1), (1, 2)])
+def test_work_is_shared_by_torchs_own_threads():
+    assert passes_cpu.torchs_openmp() is not None, "torch brought another OpenMP: cuts run one after another"
+    started, seen = threading.Barrier(2, timeout=30), set()
+
+    def work(thread, start, stop):
+        started.wait()  # passes only where both run at once
+        seen.add((thread, start, stop, threading.get_native_id()))
+
+    passes_cpu._run(work, [(0, 8), (8, 11)])
+    assert {entry[:3] for entry in seen} == {(0, 0, 8), (1, 8, 11)}
+    assert len({entry[3] for entry in seen}) == 2
 
 
-def test_a_forked_child_has_threads_of_its_own():
-    _forked()  # the parent has a pool by now
-    child = multiprocessing.get_context("fork").Process(target=_forked)
-    child.start()
-    child.join(30)
-    assert child.exitcode == 0
+def test_what_fails_in_a_thread_fails_the_pass():
+    def work(thread, start, stop):
+        if thread:
+            raise ValueError("of the second thread")
+
+    with pytest.raises(ValueError, match="of the second thread"):
+        passes_cpu._run(work, [(0, 8), (8, 11)])
+
+
+def test_cuts_are_whole_turns_and_leave_nothing_out():
+    for size in (0, 1, 15, 16, 31, 32, 33, 100, 1217):
+        cuts = passes_cpu._cuts(size)
+        assert [place for start, stop in cuts for place in range(start, stop)] == list(range(size))
+        assert all(start % cpu_kernels.TOKENS == 0 for start, _ in cuts)
