@@ -1,6 +1,6 @@
 """What passes_cpu.py runs over each element, as loops that numba compiles for the processor at hand.
 
-Compiled once for each dtype (about twenty seconds), then kept beside this file, or in the user's cache where that
+Compiled once for each dtype (about ten seconds), then kept beside this file, or in the user's cache where that
 cannot be written. bf16 comes and goes as its bits (uint16, which numpy has); all arithmetic is fp32. The loops take
 `COLUMNS` of `TOKENS` tokens at once, so that they and the chunk's LoRA weights stay in the cache, and read every weight
 once for two tokens. Not-a-number and infinity stay what they are.

@@ -23,7 +23,17 @@ from pydantic import Field, ValidationError
 from data_contracts.errors import UserError
 from pipeline.config import describe
 from pipeline.experts.bank import Bank
-from pipeline.files import canonical_json, fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
+from pipeline.files import (
+    atomic_file,
+    canonical_json,
+    fsync_dir,
+    make_durable,
+    sha256_bytes,
+    sha256_file,
+    start_writing,
+    write_atomic,
+    writing,
+)
 from pipeline.tracking.history import History, take_over
 from pipeline.tracking.manifest import (
     MANIFEST,
@@ -69,15 +79,12 @@ _state_texts: _Texts = {}
 
 def _table_json(table: Mapping[str, dict[str, str]], known: _Texts) -> str:
     """Canonical JSON of a table by task. A task's part is made once for a roles dict, which never changes: publishing
-    then costs no more with every task there is.
+    then costs next to nothing more with every task there is.
     """
-    parts = []
-    for task in sorted(table):
-        roles = table[task]
-        if task not in known or known[task][0] is not roles:
-            known[task] = (roles, f'"{task}":{canonical_json(roles)}')
-        parts.append(known[task][1])
-    return "{" + ",".join(parts) + "}"
+    nothing = (None, "")
+    for task in [task for task, roles in table.items() if known.get(task, nothing)[0] is not roles]:
+        known[task] = (table[task], f'"{task}":{canonical_json(table[task])}')
+    return "{" + ",".join([known[task][1] for task in sorted(table)]) + "}"
 
 
 def read_champion(work_dir: Path | str) -> Champion | None:
@@ -101,14 +108,8 @@ def read_champion(work_dir: Path | str) -> Champion | None:
     return champion
 
 
-_known: list[tuple[bytes, Champion]] = []  # the file's bytes as this process last wrote them, and what they say
-
-
-def _write_champion(work_dir: Path, champion: Champion) -> None:
-    """Replace champion.json. A process that publishes on need not parse again what it wrote itself."""
-    data = champion.to_bytes()
-    write_atomic(work_dir / CHAMPION, data)
-    _known[:] = [(data, champion)]
+# The file's bytes as this process last wrote them, and what they say: one that publishes on parses them no more.
+_known: list[tuple[bytes, Champion]] = []
 
 
 def load_chain(work_dir: Path | str) -> list[Entry]:
@@ -216,19 +217,22 @@ def _publish(
         raise UserError(
             f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
         )
-    make_durable(staged_dir)
     after = advance(champion, manifest) if isinstance(manifest, Manifest) else fold([manifest, *load_chain(work_dir)])
-    if store is not None:
-        store.publish(work_dir, staged_dir, manifest, champion, after)
-
-    for folder in _left_over_folders(work_dir, champion, head, folders):
-        shutil.rmtree(folder)
-    increments = work_dir / INCREMENTS
-    increments.mkdir(exist_ok=True)
-    fsync_dir(work_dir)
-    os.rename(staged_dir, increments / manifest.folder)
-    fsync_dir(increments)
-    _write_champion(work_dir, after)
+    data = after.to_bytes()
+    with atomic_file(work_dir / CHAMPION) as file:  # grows with the tasks: the disk takes it while the rest is done
+        file.write(data)
+        start_writing(file)
+        make_durable(staged_dir)
+        if store is not None:
+            store.publish(work_dir, staged_dir, manifest, champion, after)
+        for folder in _left_over_folders(work_dir, champion, head, folders):
+            shutil.rmtree(folder)
+        increments = work_dir / INCREMENTS
+        increments.mkdir(exist_ok=True)
+        fsync_dir(work_dir)
+        os.rename(staged_dir, increments / manifest.folder)
+        fsync_dir(increments)
+    _known[:] = [(data, after)]
     return after
 
 
@@ -335,12 +339,17 @@ def _left_over_folders(
 def increment_folders(work_dir: Path | str, since: int = 0) -> Iterator[tuple[int, Path]]:
     """Number and path of every folder in increments/ that is named like an increment, from number `since` on, in order.
 
-    Older ones cost next to nothing: of those only the number is read.
+    Older ones cost next to nothing: their names are compared as they stand.
     """
     root = Path(work_dir) / INCREMENTS
     names = os.listdir(root) if root.is_dir() else []
-    found = [(int(digits), name) for name in names if (digits := name.partition("-")[0]).isdecimal()]
-    for number, name in sorted(entry for entry in found if entry[0] >= since):
+    oldest = f"{since:04d}"
+    found = []
+    for name in [name for name in names if name >= oldest or "-" not in name[:5]]:
+        digits = name.partition("-")[0]
+        if digits.isdecimal() and int(digits) >= since:
+            found.append((int(digits), name))
+    for number, name in sorted(found):
         if _FOLDER.fullmatch(name) and (root / name).is_dir():
             yield number, root / name
 
