@@ -128,18 +128,9 @@ def _expand(buffer, source, to, low, at, stride, weights, row, ranks):
             y4, y5, y6, y7 = low[y + FOUR], low[y + FIVE], low[y + SIX], low[y + SEVEN]
             p = (row + j) * ROW
             for f in range(ROW):
-                w0, w1, w2, w3 = (
-                    weights[p + f],
-                    weights[p + ROW + f],
-                    weights[p + ROW_2 + f],
-                    weights[p + ROW_3 + f],
-                )
-                w4, w5, w6, w7 = (
-                    weights[p + ROW_4 + f],
-                    weights[p + ROW_5 + f],
-                    weights[p + ROW_6 + f],
-                    weights[p + ROW_7 + f],
-                )
+                w0, w1, w2 = weights[p + f], weights[p + ROW + f], weights[p + ROW_2 + f]
+                w3, w4, w5 = weights[p + ROW_3 + f], weights[p + ROW_4 + f], weights[p + ROW_5 + f]
+                w6, w7 = weights[p + ROW_6 + f], weights[p + ROW_7 + f]
                 v = buffer[s + f] + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
                 buffer[o + f] = v + x4 * w4 + x5 * w5 + x6 * w6 + x7 * w7
                 v = buffer[s + ROW + f] + y0 * w0 + y1 * w1 + y2 * w2 + y3 * w3
@@ -158,30 +149,18 @@ def _contract(buffer, source, sums, at, stride, weights, row, ranks):
             p = (row + j) * ROW
             for f in range(ROW):
                 v, w = buffer[s + f], buffer[s + ROW + f]
-                m = weights[p + f]
-                x0 += v * m
-                y0 += w * m
-                m = weights[p + ROW + f]
-                x1 += v * m
-                y1 += w * m
-                m = weights[p + ROW_2 + f]
-                x2 += v * m
-                y2 += w * m
-                m = weights[p + ROW_3 + f]
-                x3 += v * m
-                y3 += w * m
-                m = weights[p + ROW_4 + f]
-                x4 += v * m
-                y4 += w * m
-                m = weights[p + ROW_5 + f]
-                x5 += v * m
-                y5 += w * m
-                m = weights[p + ROW_6 + f]
-                x6 += v * m
-                y6 += w * m
-                m = weights[p + ROW_7 + f]
-                x7 += v * m
-                y7 += w * m
+                m, n = weights[p + f], weights[p + ROW + f]
+                x0, y0 = x0 + v * m, y0 + w * m
+                x1, y1 = x1 + v * n, y1 + w * n
+                m, n = weights[p + ROW_2 + f], weights[p + ROW_3 + f]
+                x2, y2 = x2 + v * m, y2 + w * m
+                x3, y3 = x3 + v * n, y3 + w * n
+                m, n = weights[p + ROW_4 + f], weights[p + ROW_5 + f]
+                x4, y4 = x4 + v * m, y4 + w * m
+                x5, y5 = x5 + v * n, y5 + w * n
+                m, n = weights[p + ROW_6 + f], weights[p + ROW_7 + f]
+                x6, y6 = x6 + v * m, y6 + w * m
+                x7, y7 = x7 + v * n, y7 + w * n
             x = at + token * stride + j
             _add_eight(sums, x, x0, x1, x2, x3, x4, x5, x6, x7)
             _add_eight(sums, x + stride, y0, y1, y2, y3, y4, y5, y6, y7)
@@ -214,12 +193,8 @@ def _outer(total, place, low, at, stride, buffer, row, ranks):
         o = (place + j) * ROW
         for f in range(ROW):
             v0, v1, v2, v3 = buffer[r + f], buffer[r + ROW + f], buffer[r + ROW_2 + f], buffer[r + ROW_3 + f]
-            v4, v5, v6, v7 = (
-                buffer[r + ROW_4 + f],
-                buffer[r + ROW_5 + f],
-                buffer[r + ROW_6 + f],
-                buffer[r + ROW_7 + f],
-            )
+            v4, v5 = buffer[r + ROW_4 + f], buffer[r + ROW_5 + f]
+            v6, v7 = buffer[r + ROW_6 + f], buffer[r + ROW_7 + f]
             first = x0 * v0 + x1 * v1 + x2 * v2 + x3 * v3
             total[o + f] += first + x4 * v4 + x5 * v5 + x6 * v6 + x7 * v7
             first = y0 * v0 + y1 * v1 + y2 * v2 + y3 * v3
@@ -242,10 +217,8 @@ def _add(buffer, row, other, rows):
 def _cut(weights, column, size, out):
     """The chunk's columns of all weights, a row each."""
     experts, places, ranks, _ = weights.shape
-    for e in range(experts):
-        for place in range(places):
-            for j in range(ranks):
-                _load(weights[e, place, j], column, size, out, U8((e * places + place) * ranks + j))
+    for e, place, j in np.ndindex((experts, places, ranks)):
+        _load(weights[e, place, j], column, size, out, U8((e * places + place) * ranks + j))
 
 
 # rows of the forward buffer, `TOKENS` each
@@ -351,36 +324,17 @@ def _differentiate(buffer, token, weigh, pools, part):
 
 
 @_compiled
-def backward(
-    start,
-    stop,
-    a,
-    b,
-    low,
-    weights,
-    beta,
-    noise,
-    slot,
-    share,
-    shared,
-    dmixed,
-    dlow_down,
-    dmeans,
-    da,
-    db,
-    dlow,
-    dlow_pooled,
-    dbeta,
-    dweights,
-):
+def backward(start, stop, a, b, low, weights, beta, noise, slot, share, shared, above, gradients):
     """Tokens `start` to `stop`; what `forward` computed is computed again.
 
     Args:
         start to shared: as for `forward`.
-        dmixed: (C, F); dlow_down: (C, n, R) laid flat, of A_down,e (beta_e h_e); dmeans: (P, F), or of no size.
-        da, db: (C, F), filled; dweights: like weights, filled with the sums over these tokens.
-        dlow: (C, n, 2, R), dlow_pooled: (C, 2, R), laid flat, dbeta: (C, n), added to; the first two are to be scaled.
+        above: dmixed (C, F); dlow_down (C, n, R) laid flat, of A_down,e (beta_e h_e); dmeans (P, F), or of no size.
+        gradients: da, db (C, F), filled; dlow (C, n, 2, R) and dlow_pooled (C, 2, R), laid flat, both to be scaled, and
+            dbeta (C, n), added to; dweights, like weights, filled with the sums over these tokens.
     """
+    dmixed, dlow_down, dmeans = above
+    da, db, dlow, dlow_pooled, dbeta, dweights = gradients
     experts, _, ranks, width = weights.shape
     drops, pools, r = noise.size > 0, dmeans.size > 0, U8(ranks)
     stride, stride_down = U8(experts * 2 * ranks), U8(experts * ranks)
@@ -440,8 +394,5 @@ def backward(
             for i in range(count):
                 _unload(buffer, SUM_A + U8(i), da[first + i], column, size)
                 _unload(buffer, SUM_B + U8(i), db[first + i], column, size)
-        for e in range(experts):
-            for place in range(3):
-                for j in range(ranks):
-                    row = U8((e * 3 + place) * ranks + j)
-                    _unload(total, row, dweights[e, place, j], column, size)
+        for e, place, j in np.ndindex((experts, 3, ranks)):
+            _unload(total, U8((e * 3 + place) * ranks + j), dweights[e, place, j], column, size)

@@ -68,13 +68,11 @@ class CpuPasses:
         above = torch.zeros(0, width) if dmeans is None else dmeans.float()
         cuts = _cuts(size)
         dweights = torch.empty(len(cuts), n, 3, rank, width)
+        gradients_above = tuple(map(_array, (dmixed, below.view(-1), above)))
+        gradients = tuple(map(_array, (da, db, dlow.view(-1), dpooled.view(-1), dweigh)))
         _run(
             lambda thread, start, stop: cpu_kernels.backward(
-                start,
-                stop,
-                *given.arrays(),
-                *map(_array, (dmixed, below.view(-1), above, da, db, dlow.view(-1), dpooled.view(-1), dweigh)),
-                dweights[thread].numpy(),
+                start, stop, *given.arrays(), gradients_above, (*gradients, dweights[thread].numpy())
             ),
             cuts,
         )
