@@ -19,7 +19,8 @@ from pipeline.placement.distributed import start_world
 from pipeline.placement.learner import build_learner, check_before_loading, check_world
 from pipeline.review import read_review
 from pipeline.stages.job import Job
-from pipeline.tracking.chain import Champion, read_published
+from pipeline.tracking.chain import read_published
+from pipeline.tracking.champion import Champion
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.reading import AsOf, as_of
 from pipeline.watch import rank as watch

@@ -32,7 +32,8 @@ from pipeline.config import describe
 from pipeline.files import canonical_json, sha256_bytes
 from pipeline.lock import told
 from pipeline.store.objects import BLOCK_BYTES, Objects, open_objects
-from pipeline.tracking.chain import CHAMPION, INCREMENTS, Champion, digests_of
+from pipeline.tracking.chain import INCREMENTS, digests_of
+from pipeline.tracking.champion import CHAMPION, Champion
 from pipeline.tracking.manifest import MANIFEST, RUN, Entry, Manifest, parse_manifest
 from pipeline.watch import rank as watch
 

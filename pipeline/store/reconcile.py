@@ -17,7 +17,8 @@ from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
 from pipeline.files import atomic_file, canonical_json, write_atomic, writing
 from pipeline.store.published import MARKER, REPAIR, Pointer, Store, Upload, objects_of, open_store
-from pipeline.tracking.chain import CHAMPION, INCREMENTS, Champion, fold, load_chain, publish, read_champion
+from pipeline.tracking.chain import INCREMENTS, fold, load_chain, publish
+from pipeline.tracking.champion import CHAMPION, Champion, read_champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import RUN, Entry
 from pipeline.tracking.sharing import identity

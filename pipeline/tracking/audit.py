@@ -15,6 +15,7 @@ from pipeline.store.published import Store
 from pipeline.tracking import chain
 from pipeline.tracking.audit_mlflow import mlflow_findings
 from pipeline.tracking.audit_store import store_findings
+from pipeline.tracking.champion import CHAMPION, Champion, read_champion
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, Entry, parse_manifest
@@ -110,17 +111,17 @@ def _read_link(number: int, folder: Path) -> Link:
     return Link(number, folder, sha256_bytes(data), manifest, problem)
 
 
-def _read_champion(work_dir: Path, links: list[Link]) -> tuple[chain.Champion | None, list[Finding]]:
+def _read_champion(work_dir: Path, links: list[Link]) -> tuple[Champion | None, list[Finding]]:
     try:
-        champion = chain.read_champion(work_dir)
+        champion = read_champion(work_dir)
     except UserError as error:
-        return None, [Finding(chain.CHAMPION, False, str(error))]
+        return None, [Finding(CHAMPION, False, str(error))]
     if champion is None and not links:
         raise UserError(
             f"{work_dir}: no champion was published here; name the work_dir of a stream that learned a task"
         )
     if champion is None:
-        return None, [Finding(chain.CHAMPION, False, "missing, though increments were published")]
+        return None, [Finding(CHAMPION, False, "missing, though increments were published")]
     return champion, []
 
 
@@ -133,7 +134,7 @@ def _stray_findings(work_dir: Path, links: list[Link]) -> Iterator[Finding]:
             yield Finding(f"{chain.INCREMENTS}/{path.name}", False, "is not an increment's folder")
 
 
-def _chain_findings(links: list[Link], champion: chain.Champion | None) -> Iterator[Finding]:
+def _chain_findings(links: list[Link], champion: Champion | None) -> Iterator[Finding]:
     """Each manifest against the digest that the next one, or champion.json, names it by."""
     numbered: dict[int, list[Link]] = {}
     for link in links:
@@ -150,13 +151,13 @@ def _chain_findings(links: list[Link], champion: chain.Champion | None) -> Itera
         children = [other for other in numbered.get(link.number + 1, []) if other.manifest]
         named = [(child.manifest.parent, child.name) for child in children]
         if champion and link is (head or links[-1]):
-            named.append((champion.head, chain.CHAMPION))
+            named.append((champion.head, CHAMPION))
         wrong = [(sha, who) for sha, who in named if sha != link.sha256]
         for sha, who in wrong:
             yield Finding(f"{link.name}/{MANIFEST}", False, f"hashes to {link.sha256}, but {who} names {sha}")
         if head is not None and link.number > head.number:
-            detail = f"{chain.CHAMPION} ends at increment {head.number}: this folder was left over by a killed publish"
-            yield Finding(link.name, False, f"{detail} (the next launch removes it), or {chain.CHAMPION} was set back")
+            detail = f"{CHAMPION} ends at increment {head.number}: this folder was left over by a killed publish"
+            yield Finding(link.name, False, f"{detail} (the next launch removes it), or {CHAMPION} was set back")
         elif named and not wrong and not link.problem:
             yield Finding(f"{link.name}/{MANIFEST}", True, f"sha256 {link.sha256[:12]} as {named[0][1]} names it")
 
@@ -176,25 +177,25 @@ def _file_findings(link: Link, withdrawn: set[str]) -> Iterator[Finding]:
         yield Finding(f"{link.name} files", True, detail)
 
 
-def _chained(links: list[Link], champion: chain.Champion | None) -> list[Entry]:
+def _chained(links: list[Link], champion: Champion | None) -> list[Entry]:
     """The readable manifests up to the head; all of them when the head is not known."""
     readable = [link.manifest for link in links if link.manifest]
     head = next((manifest.increment for manifest in readable if champion and manifest.sha256 == champion.head), None)
     return [manifest for manifest in readable if head is None or manifest.increment <= head]
 
 
-def _champion_findings(chained: list[Entry], champion: chain.Champion | None) -> Iterator[Finding]:
+def _champion_findings(chained: list[Entry], champion: Champion | None) -> Iterator[Finding]:
     """champion.json against the fold of the chain, and its bundles against what increments published."""
     if champion is None:
         return
     if not chained or len(chained) != max(manifest.increment for manifest in chained):
-        yield Finding(chain.CHAMPION, False, "cannot be recomputed: a manifest of the chain is missing or unreadable")
+        yield Finding(CHAMPION, False, "cannot be recomputed: a manifest of the chain is missing or unreadable")
     else:
         differences = chain.champion_differences(champion, chain.fold(chained))
         for difference in differences:
-            yield Finding(chain.CHAMPION, False, difference)
+            yield Finding(CHAMPION, False, difference)
         if not differences:
-            yield Finding(chain.CHAMPION, True, f"is the fold of {len(chained)} increments")
+            yield Finding(CHAMPION, True, f"is the fold of {len(chained)} increments")
     published = {sha for manifest in chained for sha in getattr(manifest, "bank", {}).values()}
     for task, bundle in sorted(champion.bundles.items()):
         foreign = [f"{role} {sha}" for role, sha in sorted(bundle.items()) if sha not in published]
@@ -204,9 +205,7 @@ def _champion_findings(chained: list[Entry], champion: chain.Champion | None) ->
             yield Finding(f"bundle of {task}", True, ", ".join(f"{r} {sha[:12]}" for r, sha in sorted(bundle.items())))
 
 
-def _bank_findings(
-    work_dir: Path, links: list[Link], champion: chain.Champion | None, history: History
-) -> Iterator[Finding]:
+def _bank_findings(work_dir: Path, links: list[Link], champion: Champion | None, history: History) -> Iterator[Finding]:
     """Every bank file that is there, and every one that a manifest or champion.json names and no retired task has
     withdrawn.
     """

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from data_contracts.errors import UserError
 from pipeline.store.published import Store, reached_objects
-from pipeline.tracking.chain import CHAMPION, INCREMENTS, Champion
+from pipeline.tracking.chain import INCREMENTS
+from pipeline.tracking.champion import CHAMPION, Champion
 from pipeline.tracking.finding import Finding
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Entry

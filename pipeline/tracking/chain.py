@@ -1,31 +1,27 @@
 """The hash chain of increments and the transaction that publishes one.
 
-    <work_dir>/increments/0001-<task>/manifest.json   each names its parent's sha256 <work_dir>/champion.json
-    the head's sha256 and the table of all bundles; replaced by rename
+    <work_dir>/increments/0001-<task>/manifest.json   each names its parent's sha256
+    <work_dir>/champion.json                          the head's sha256 and the table of all bundles (champion.py)
 
 The head is the newest entry, an increment promoted or rejected or a change (manifest.py); the table is the fold of the
-chain. Until champion.json is
-replaced, as the last act of publishing, the old champion stands whole; an increment folder that the head does not
-reach is what a killed publish left over.
+chain. Until champion.json is replaced, as the last act of publishing, the old champion stands whole; an increment
+folder that the head does not reach is what a killed publish left over.
 """
 
 import os
 import re
 import shutil
+import time
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field, ValidationError
+from typing import TYPE_CHECKING
 
 from data_contracts.errors import UserError
-from pipeline.config import describe
 from pipeline.experts.bank import Bank
 from pipeline.files import (
     atomic_file,
-    canonical_json,
     fsync_dir,
     make_durable,
     sha256_bytes,
@@ -34,82 +30,16 @@ from pipeline.files import (
     write_atomic,
     writing,
 )
+from pipeline.tracking.champion import CHAMPION, Champion, read_champion
 from pipeline.tracking.history import History, take_over
-from pipeline.tracking.manifest import (
-    MANIFEST,
-    RUN,
-    Entry,
-    Manifest,
-    Record,
-    RoleName,
-    Sha256,
-    TaskName,
-    parse_manifest,
-)
+from pipeline.tracking.manifest import MANIFEST, RUN, Entry, Manifest, parse_manifest
 
 if TYPE_CHECKING:
     from pipeline.store.published import Store
 
-CHAMPION = "champion.json"
 INCREMENTS = "increments"
 _NAME = r"[a-z][a-z0-9_]{0,62}"
 _FOLDER = re.compile(rf"(\d{{4,}})-({_NAME}|restored\.[1-9]\d*|retired\.{_NAME})")
-
-
-class Champion(Record):
-    """What is served: the chain's head and, by task, the newest promoted bundle and method state."""
-
-    format: Literal[1] = 1
-    head: Sha256  # sha256 of the newest manifest, rejected ones included
-    increment: int = Field(ge=0)  # number of the newest promoted increment; 0 = none yet
-    bundles: dict[TaskName, dict[RoleName, Sha256]]
-    state: dict[TaskName, dict[RoleName, Sha256]]
-
-    def to_bytes(self) -> bytes:
-        """The file's content: canonical JSON in UTF-8. Its length grows with the tasks there are."""
-        fields = {name: canonical_json(getattr(self, name)) for name in ("format", "head", "increment")}
-        fields |= {"bundles": _table_json(self.bundles, _bundle_texts), "state": _table_json(self.state, _state_texts)}
-        return ("{" + ",".join(f'"{name}":{fields[name]}' for name in sorted(fields)) + "}").encode("utf-8")
-
-
-_Texts = dict[str, tuple[dict[str, str], str]]  # by task: the roles, and their JSON
-_bundle_texts: _Texts = {}
-_state_texts: _Texts = {}
-
-
-def _table_json(table: Mapping[str, dict[str, str]], known: _Texts) -> str:
-    """Canonical JSON of a table by task. A task's part is made once for a roles dict, which never changes: publishing
-    then costs next to nothing more with every task there is.
-    """
-    nothing = (None, "")
-    for task in [task for task, roles in table.items() if known.get(task, nothing)[0] is not roles]:
-        known[task] = (table[task], f'"{task}":{canonical_json(table[task])}')
-    return "{" + ",".join([known[task][1] for task in sorted(table)]) + "}"
-
-
-def read_champion(work_dir: Path | str) -> Champion | None:
-    """The champion of a work_dir, None when nothing was published. Raises UserError when champion.json is damaged."""
-    path = Path(work_dir) / CHAMPION
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
-    for written, champion in _known:
-        if data == written:
-            return champion
-    try:
-        champion = Champion.model_validate_json(data)
-    except ValidationError as error:
-        raise UserError(f"{path}: not a valid champion file ({describe(error)}); restore it from a backup") from error
-    if champion.to_bytes() != data:
-        raise UserError(f"{path}: not in the form it was written in; restore it from a backup")
-    return champion
-
-
-# The file's bytes as this process last wrote them, and what they say: one that publishes on parses them no more.
-_known: list[tuple[bytes, Champion]] = []
 
 
 def load_chain(work_dir: Path | str) -> list[Entry]:
@@ -148,14 +78,17 @@ def champion_of(history: History) -> Champion | None:
     return Champion(head=history.head.sha256, increment=promoted, bundles=history.bundles, state=history.state)
 
 
-def advance(champion: Champion | None, manifest: Manifest) -> Champion:
-    """The champion after one more increment: the head moves always; bundles and state only with a promotion."""
+def advance(champion: Champion | None, manifest: Manifest) -> tuple[Champion, set[str]]:
+    """The champion after one more increment, and the tasks whose bundle or state is another in it: the head moves
+    always, these only with a promotion.
+    """
     before = champion or Champion(head=manifest.sha256, increment=0, bundles={}, state={})
     bundles, state = dict(before.bundles), dict(before.state)
-    promoted = manifest.increment if take_over(bundles, state, manifest) else before.increment
+    changed = take_over(bundles, state, manifest)
+    promoted = manifest.increment if changed else before.increment
     # every part comes from a validated record: validating the whole table again would cost more with every task
     changes = {"head": manifest.sha256, "increment": promoted, "bundles": bundles, "state": state}
-    return before.model_copy(update=changes)
+    return before.model_copy(update=changes), changed
 
 
 def champion_differences(found: Champion, expected: Champion) -> list[str]:
@@ -203,7 +136,8 @@ def _publish(
     champion = read_champion(work_dir)
     if champion is not None and champion.head == manifest.sha256:
         return champion
-    folders = list(increment_folders(work_dir, since=champion.increment if champion else 0))  # the head is not older
+    increments = work_dir / INCREMENTS
+    folders = _newest_folders(increments, champion)
     head = 0 if champion is None else _head(work_dir, folders, champion).increment
     _check_follows(work_dir, champion, head, manifest)
     bank = Bank(work_dir / "bank")
@@ -217,8 +151,12 @@ def _publish(
         raise UserError(
             f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
         )
-    after = advance(champion, manifest) if isinstance(manifest, Manifest) else fold([manifest, *load_chain(work_dir)])
-    data = after.to_bytes()
+    if isinstance(manifest, Manifest):
+        after, changed = advance(champion, manifest)
+        data = after.to_bytes(champion, changed)
+    else:
+        after = fold([manifest, *load_chain(work_dir)])
+        data = after.to_bytes()
     with atomic_file(work_dir / CHAMPION) as file:  # grows with the tasks: the disk takes it while the rest is done
         file.write(data)
         start_writing(file)
@@ -227,12 +165,11 @@ def _publish(
             store.publish(work_dir, staged_dir, manifest, champion, after)
         for folder in _left_over_folders(work_dir, champion, head, folders):
             shutil.rmtree(folder)
-        increments = work_dir / INCREMENTS
         increments.mkdir(exist_ok=True)
         fsync_dir(work_dir)
         os.rename(staged_dir, increments / manifest.folder)
+        _remember(increments, manifest)
         fsync_dir(increments)
-    _known[:] = [(data, after)]
     return after
 
 
@@ -352,6 +289,38 @@ def increment_folders(work_dir: Path | str, since: int = 0) -> Iterator[tuple[in
     for number, name in sorted(found):
         if _FOLDER.fullmatch(name) and (root / name).is_dir():
             yield number, root / name
+
+
+# the head that this process published last, its number and folder, by the state that increments/ was left in
+_remembered: dict[tuple[int, int, int], tuple[str, int, Path]] = {}
+
+
+def _state(folder: Path) -> tuple[int, int, int]:
+    """Changes with every entry that a folder gets or loses."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _remember(increments: Path, head: Entry) -> None:
+    """A process that publishes on need not list increments/ again, which takes longer with every increment there is.
+
+    The folder gets a time of its own, since the system may date two changes in a row alike.
+    """
+    _remembered.clear()
+    now = time.time_ns()
+    os.utime(increments, ns=(now, now))
+    state = _state(increments)
+    if state[-1] == now:  # else the file system keeps coarser times
+        _remembered[state] = (head.sha256, head.increment, increments / head.folder)
+
+
+def _newest_folders(increments: Path, champion: Champion | None) -> list[tuple[int, Path]]:
+    """As `increment_folders`, from the head or an older one on."""
+    if champion is not None and _remembered and increments.is_dir():
+        head, number, folder = _remembered.get(_state(increments), ("", 0, increments))
+        if head == champion.head:
+            return [(number, folder)]
+    return list(increment_folders(increments.parent, since=champion.increment if champion else 0))
 
 
 def _head(work_dir: Path, folders: list[tuple[int, Path]], champion: Champion) -> Entry:

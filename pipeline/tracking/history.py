@@ -161,23 +161,27 @@ class History:
         return self.head.sha256 if self.head else None
 
 
-def take_over(bundles: dict[str, dict[str, str]], state: dict[str, dict[str, str]], manifest: Manifest) -> bool:
-    """Bring the tables of bundles and method state, by task, up to date in place; False for a rejected increment."""
+def take_over(bundles: dict[str, dict[str, str]], state: dict[str, dict[str, str]], manifest: Manifest) -> set[str]:
+    """Bring the tables of bundles and method state, by task, up to date in place. Returns the tasks whose parts are
+    others then: none for a rejected increment.
+    """
     if manifest.verdict == "rejected":
-        return False
+        return set()
     bundles.update(manifest.bundles)
     state.pop(manifest.task, None)
-    replace_router(state, manifest)
+    changed = replace_router(state, manifest)
     if manifest.state:
         state[manifest.task] = manifest.state
-    return True
+    return {manifest.task, *manifest.bundles, *changed}
 
 
-def replace_router(state: dict[str, dict[str, str]], manifest: Manifest) -> None:
+def replace_router(state: dict[str, dict[str, str]], manifest: Manifest) -> list[str]:
     """Take the router out of a table of states, by task, in place, where the increment brings a newer one: it is one
-    for all tasks and stands with the task it learned last.
+    for all tasks and stands with the task it learned last. Returns the tasks it stood with.
     """
-    for task in [task for task, names in state.items() if ROUTER in names] if ROUTER in manifest.state else []:
+    stood = [task for task, names in state.items() if ROUTER in names] if ROUTER in manifest.state else []
+    for task in stood:
         state[task] = {name: sha for name, sha in state[task].items() if name != ROUTER}
         if not state[task]:
             del state[task]
+    return stood

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_contracts.errors import UserError
-from pipeline.tracking.chain import Champion, champion_of, load_chain
+from pipeline.tracking.chain import champion_of, load_chain
+from pipeline.tracking.champion import Champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 

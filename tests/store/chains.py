@@ -9,7 +9,8 @@ from pipeline.experts.bank import Bank
 from pipeline.store.objects import open_objects
 from pipeline.store.published import open_store
 from pipeline.tracking.audit import audit
-from pipeline.tracking.chain import publish, read_champion
+from pipeline.tracking.chain import publish
+from pipeline.tracking.champion import read_champion
 from pipeline.tracking.manifest import Manifest
 
 

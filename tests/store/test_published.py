@@ -15,7 +15,8 @@ from pipeline.store.objects import open_objects
 from pipeline.store.published import Pointer, Store, open_store
 from pipeline.store.reconcile import open_in_step
 from pipeline.tracking.audit import audit
-from pipeline.tracking.chain import fold, load_chain, publish, read_champion
+from pipeline.tracking.chain import fold, load_chain, publish
+from pipeline.tracking.champion import read_champion
 from pipeline.tracking.manifest import Manifest
 from tests.store.chains import learn, objects_in, published, same_work, wrong
 

@@ -4,7 +4,8 @@ import torch
 
 from pipeline.experts.bank import Bank
 from pipeline.tracking.audit import audit
-from pipeline.tracking.chain import publish, read_champion
+from pipeline.tracking.chain import publish
+from pipeline.tracking.champion import read_champion
 from pipeline.tracking.manifest import Manifest
 
 

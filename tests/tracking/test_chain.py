@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import UserError
-from pipeline.tracking import chain
-from pipeline.tracking.chain import clean_left_overs, fold, load_chain, publish, read_champion
+from pipeline.tracking import champion as champion_module
+from pipeline.tracking.chain import clean_left_overs, fold, load_chain, publish
+from pipeline.tracking.champion import read_champion
 from pipeline.tracking.manifest import Manifest
 
 
@@ -55,10 +56,20 @@ def test_the_champion_file_is_canonical_json_and_only_changed_tasks_are_written_
     champion = champion.model_copy(update={"bundles": many})
     assert champion.to_bytes() == as_python_writes_it(champion)
     written = []
-    monkeypatch.setattr(chain, "canonical_json", lambda value: written.append(value) or json.dumps(value))
-    changed = many | {"t007": {"gate": "f" * 64}}
-    champion.model_copy(update={"bundles": changed}).to_bytes()
-    assert [value for value in written if isinstance(value, dict)] == [{"gate": "f" * 64}]
+    real = champion_module.canonical_json
+    monkeypatch.setattr(champion_module, "canonical_json", lambda value: written.append(value) or real(value))
+    new, other = {"gate": "f" * 64}, {"proto": "e" * 64}
+    later = champion.model_copy(
+        update={
+            "bundles": {name: roles for name, roles in many.items() if name != "t299"} | {"t007": new, "a": new},
+            "state": {"t0071": other},
+        }
+    )
+    data = later.to_bytes(champion, {"t299", "t007", "a", "t0071", "product_reviews", "nowhere"})
+    assert data == as_python_writes_it(later)
+    assert [value for value in written if isinstance(value, dict)].count(new) == 2 and len(written) == 2 + 1 + 3
+    assert later.to_bytes() == data and len(written) == 6  # nothing is made twice
+    assert later.model_copy().to_bytes() == data
 
 
 def test_a_rejected_increment_moves_the_head_and_nothing_else(by_hand, tmp_path):
@@ -235,6 +246,24 @@ def test_published_increments_are_not_taken_for_left_overs_when_the_champion_fil
     with pytest.raises(UserError, match="its head is increment 1, but increments/ holds 0002-tweets, 0003-tweets"):
         clean_left_overs(tmp_path)
     assert by_hand.files_of(tmp_path / "increments") == before
+
+
+def test_a_process_that_publishes_on_sees_what_others_did_to_increments(by_hand, tmp_path):
+    pairs = by_hand.increments(tmp_path)
+    manifest, staged = next(pairs)
+    publish(tmp_path, staged, manifest)
+    (tmp_path / "increments" / "0002-left_over").mkdir()
+    manifest, staged = next(pairs)
+    publish(tmp_path, staged, manifest)
+    assert sorted(os.listdir(tmp_path / "increments")) == ["0001-product_reviews", manifest.folder]
+
+    (tmp_path / "increments" / "0007-published").mkdir()
+    manifest, staged = next(pairs)
+    with pytest.raises(UserError, match="its head is increment 2, but increments/ holds 0007-published"):
+        publish(tmp_path, staged, manifest)
+    (tmp_path / "increments" / "0007-published").rmdir()
+    publish(tmp_path, staged, manifest)
+    assert [entry.increment for entry in load_chain(tmp_path)] == [3, 2, 1]
 
 
 @pytest.mark.parametrize(

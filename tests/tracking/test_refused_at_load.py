@@ -23,7 +23,8 @@ from pipeline.review import compare_reviews
 from pipeline.serving import Served
 from pipeline.stages.job import Job
 from pipeline.tracking.audit import audit
-from pipeline.tracking.chain import load_chain, publish, read_champion
+from pipeline.tracking.chain import load_chain, publish
+from pipeline.tracking.champion import read_champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.reading import as_of

@@ -13,7 +13,8 @@ from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
 from pipeline.files import write_atomic, writing
 from pipeline.tracking.audit import audit
-from pipeline.tracking.chain import clean_left_overs, fold, load_chain, publish, read_champion
+from pipeline.tracking.chain import clean_left_overs, fold, load_chain, publish
+from pipeline.tracking.champion import read_champion
 from pipeline.training.inflight import Progressed, load_inflight, save_inflight
 from pipeline.upkeep import restore, retire
 

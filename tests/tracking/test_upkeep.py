@@ -13,7 +13,8 @@ from pipeline.experts.bank import Bank
 from pipeline.increments import standing
 from pipeline.stages.validate import refuse_retired
 from pipeline.tracking.audit import audit
-from pipeline.tracking.chain import fold, load_chain, read_champion
+from pipeline.tracking.chain import fold, load_chain
+from pipeline.tracking.champion import read_champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import Manifest
 from pipeline.tracking.reading import as_of

@@ -29,7 +29,7 @@ from pipeline.placement.learner import build_learner
 from pipeline.stages.job import Job, leaving_no_garbage
 from pipeline.stages.prepare import prepare
 from pipeline.stages.validate import validate
-from pipeline.tracking.chain import CHAMPION
+from pipeline.tracking.champion import CHAMPION
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, RUN, Manifest
 from pipeline.tracking.mlflow_log import Tracker
