@@ -4,9 +4,11 @@ A line of `rank<N>.jsonl` is one JSON object with name, start (Unix time on rank
 increment and step (null outside of steps). Collectives are timed where DeepSpeed hands them to torch.
 """
 
+import errno
 import hashlib
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -99,13 +101,24 @@ class Recorder:
 
 
 def folder_of(work_dir: Path) -> Path:
-    """Where a rank's spans go: into the work_dir, or where its host has none, into a folder for temporary files."""
-    return work_dir / FOLDER if work_dir.is_dir() else local_folder(work_dir)
+    """Where a rank's spans go: into the work_dir, or where its host has none, into a folder for temporary files.
+
+    Raises OSError where the latter belongs to somebody else.
+    """
+    if work_dir.is_dir():
+        return work_dir / FOLDER
+    folder = local_folder(work_dir)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, f"{folder} belongs to somebody else; remove it, or set TMPDIR to your own")
+    return folder
 
 
 def local_folder(work_dir: Path) -> Path:
-    """The folder of a host that does not share the work_dir, named after its path."""
-    return Path(tempfile.gettempdir()) / f"perennial-spans-{hashlib.sha256(str(work_dir).encode()).hexdigest()[:12]}"
+    """The user's folder on a host that does not share the work_dir, named after its path."""
+    name = hashlib.sha256(str(work_dir).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"perennial-spans-{os.getuid()}-{name}"
 
 
 _recorder: Recorder | None = None

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 
 import pytest
 
+from pipeline.spans.record import folder_of
 from pipeline.spans.writer import LineWriter
 
 SMALL = {"name": "a span", "start": 1.5, "seconds": 0.25}
@@ -98,3 +100,18 @@ def test_a_step_of_hundreds_of_collectives_costs_few_milliseconds(tmp_path):
     from tests.spans.overhead import cost
 
     assert cost(tmp_path, 10**9, 100) < 5.0, "1 % of a step of half a second; measured: docs/OBSERVABILITY.md"
+
+
+def test_a_host_without_the_work_dir_writes_into_a_folder_of_the_user_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = folder_of(tmp_path / "elsewhere")
+    assert folder.parent == tmp_path and str(os.getuid()) in folder.name and folder.stat().st_mode & 0o077 == 0
+    assert folder_of(tmp_path / "elsewhere") == folder, "a second launch finds it"
+    folder.rmdir()
+    (tmp_path / "theirs").mkdir()
+    folder.symlink_to(tmp_path / "theirs")
+    writer = LineWriter(lambda: folder_of(tmp_path / "elsewhere") / "rank.jsonl", 10_000_000)
+    writer.write(SMALL)
+    writer.close()
+    assert not any((tmp_path / "theirs").iterdir())
+    assert "belongs to somebody else; remove it, or set TMPDIR to your own" in capsys.readouterr().err
