@@ -47,9 +47,10 @@ class Champion(Record):
                 state.replace(task, self.state.get(task))
         else:
             bundles, state = _Table(self.bundles), _Table(self.state)
-        fields = {name: canonical_json(getattr(self, name)) for name in ("format", "head", "increment")}
+        fields = {name: [canonical_json(getattr(self, name)).encode()] for name in ("format", "head", "increment")}
         fields |= {"bundles": bundles.json(), "state": state.json()}
-        data = ("{" + ",".join(f'"{name}":{fields[name]}' for name in sorted(fields)) + "}").encode("utf-8")
+        pieces = [piece for name in sorted(fields) for piece in (f',"{name}":'.encode(), *fields[name])]
+        data = b"".join([b"{", pieces[0][1:], *pieces[1:], b"}"])  # once: they may be hundreds of KB
         _Written.last = _Written(self, data, bundles, state)
         return data
 
@@ -62,8 +63,8 @@ class _Table:
         self.parts = [self._part(task, table[task]) for task in self.tasks]
 
     @staticmethod
-    def _part(task: str, roles: dict[str, str]) -> str:
-        return f'"{task}":{canonical_json(roles)}'
+    def _part(task: str, roles: dict[str, str]) -> bytes:
+        return f'"{task}":{canonical_json(roles)}'.encode()
 
     def replace(self, task: str, roles: dict[str, str] | None) -> None:
         """Take a task's part anew; None: it has none any more."""
@@ -74,8 +75,9 @@ class _Table:
             self.tasks.insert(place, task)
             self.parts.insert(place, self._part(task, roles))
 
-    def json(self) -> str:
-        return "{" + ",".join(self.parts) + "}"
+    def json(self) -> tuple[bytes, bytes, bytes]:
+        """In three pieces."""
+        return b"{", b",".join(self.parts), b"}"
 
 
 @dataclass(frozen=True)

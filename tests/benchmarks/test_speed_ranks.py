@@ -1,5 +1,6 @@
 """The ranks case: what its report says of its runs' notes, and the plan's bytes for the worlds it starts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,16 @@ import pytest
 from data_contracts.errors import UserError
 from pipeline.benchmarks.speed.collectives import KINDS
 from pipeline.benchmarks.speed.options import SpeedOptions
-from pipeline.benchmarks.speed.ranks import PAIRS, WORLDS, breakdown, measure_ranks, planned, ranks_report
+from pipeline.benchmarks.speed.ranks import (
+    PAIRS,
+    WORLDS,
+    breakdown,
+    measure_ranks,
+    planned,
+    ranks_report,
+    train_in_world,
+)
+from pipeline.benchmarks.speed.tasks import prepare_task
 
 LAYERS, D, F, KV, VOCABULARY, RANK, BYTES = 3, 48, 92, 24, 330, 3, 2
 # both LoRA experts on three projections, gate, discriminator of eight outputs
@@ -65,3 +75,16 @@ def test_planned_bytes_of_a_tiny_backbone_are_the_sum_by_hand(options):
 def test_a_run_that_takes_more_rows_than_there_are_is_refused(options, tmp_path):
     with pytest.raises(UserError, match="train has 3; lower --steps"):
         measure_ranks(options, SimpleNamespace(splits={"train": [0] * 3}), tmp_path, tmp_path)
+
+
+def test_two_ranks_under_zero_3_gather_and_reduce_the_plans_bytes(options, tokenizer, tmp_path):
+    options = replace(options, warmup=1, steps=2, batch_size=4, max_tokens=64)
+    prepared = prepare_task(options.data, "first", tokenizer, options.max_tokens, tmp_path / "shards")
+    note = train_in_world(options, prepared, tmp_path / "shards", "zero3 x2", tmp_path / "run")
+    for rank in note["ranks"]:
+        assert len(rank["steps"]) == 2
+        for step in rank["steps"]:
+            plans = planned(options, 3, 2, step["passes"])
+            assert {name: step[name] for name in plans} == plans and min(plans.values()) > 0
+    report = ranks_report(options, {name: [note] for name in WORLDS})
+    assert report["figures"]["zero3 x2"]["rows_per_second"]["median"] == pytest.approx(8 / note["seconds"])

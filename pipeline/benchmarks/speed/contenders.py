@@ -118,8 +118,8 @@ def train_by_loop(
     method: str,
     rows: RowView,
     world: World,
-    on_start: Callable[[], None],
     on_step: Callable[[StepLog], None],
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Train on `rows` by the product's own loop, in the second increment; `on_start` is called once all is built."""
     options = spec.options
