@@ -14,7 +14,9 @@ import pytest
 
 from data_contracts.errors import UserError
 from pipeline.benchmarks.scale import run as scale_run
+from pipeline.benchmarks.scale.fresh import FreshStream
 from pipeline.benchmarks.scale.options import ScaleOptions
+from pipeline.benchmarks.scale.report import summarise
 from pipeline.tracking.audit import audit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,13 +86,38 @@ def test_medians_and_ratios_follow_from_the_increments(scale):
     assert "tracking_seconds" not in report["figures"]
     for name, values in report["figures"].items():
         samples = [increment[name] for increment in report["increments"]]
-        assert values["first"]["median"] == statistics.median(samples[1:4]) > 0
+        second = [increment[name] for increment in report["second_stream"]]
+        assert values["first"]["median"] == statistics.median(second[1:]) > 0 and len(second) == 4
         assert values["last"]["median"] == statistics.median(samples[5:8])
         assert values["ratio"] == values["last"]["median"] / values["first"]["median"]
-    for increment in report["increments"]:
+    for increment in report["increments"] + report["second_stream"]:
         parts = ("prepare_seconds", "train_seconds", "evaluate_seconds", "register_seconds")
         assert sum(increment[part] for part in parts) <= increment["total_seconds"]
         assert 0 < increment["publish_seconds"] < increment["register_seconds"]
+
+
+def test_the_second_stream_is_a_stream_like_the_first(scale):
+    report, _, work_dir = scale
+    for name in ("manifest_bytes", "bank_bytes", "champion_bytes", "scored_tasks"):
+        same = [[increment[name] for increment in report[stream][:4]] for stream in ("increments", "second_stream")]
+        assert max(abs(a - b) for a, b in zip(*same, strict=True)) <= 0.01 * max(same[0]), name
+    findings = audit(work_dir.parent / "second" / "work")
+    assert findings and all(finding.ok for finding in findings)
+
+
+def test_a_second_stream_that_fails_says_why(tmp_path, monkeypatch):
+    with FreshStream(ScaleOptions(increments=3, mlflow=False), tmp_path / "second") as second:
+        (tmp_path / "second" / "work").write_text("in the way")
+        with pytest.raises(RuntimeError, match=r"the second stream ended with 1:\n(.|\n)*FileExistsError"):
+            second.next()
+
+
+def test_until_the_second_stream_has_its_window_the_streams_own_is_compared():
+    options = ScaleOptions(increments=9)
+    report = summarise(options, [{"step_seconds": float(n)} for n in range(1, 10)], [{"step_seconds": 7.0}])
+    assert report["figures"]["step_seconds"]["first"]["median"] == 3.5
+    full = summarise(options, [{"step_seconds": float(n)} for n in range(1, 10)], [{"step_seconds": 7.0}] * 5)
+    assert full["figures"]["step_seconds"]["first"]["median"] == 7.0
 
 
 def test_progress_and_table_are_printed_and_no_path_or_host_is_told(scale):

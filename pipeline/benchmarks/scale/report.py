@@ -29,18 +29,29 @@ FIGURES = (
     ("champion_bytes", "champion.json (table of bundles)", "bytes", 1),
 )
 _DRAWN = ("step_seconds", "publish_seconds", "tracking_seconds", "total_seconds", "resident_bytes", "manifest_bytes")
-_COLOUR = "#3d6fa8"
+_COLOUR, _SECOND = "#3d6fa8", "#d9822b"
 
 
-def summarise(options: ScaleOptions, samples: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """By figure the median of each window that the run has reached, with least and most, and last / first."""
+def summarise(
+    options: ScaleOptions, samples: Sequence[dict[str, float]], second: Sequence[dict[str, float]] = ()
+) -> dict[str, Any]:
+    """By figure the median of each window that the run has reached, with least and most, and last / first.
+
+    Args:
+        samples: the increments of the long stream.
+        second: those of the second one, whose first window is compared once it is whole: it was measured by turns
+            with the last window.
+    """
     windows = {name: bounds for name, bounds in options.windows.items() if bounds[1] <= len(samples)}
+    whole = len(second) >= options.windows["first"][1]
+    streams = {"first": second if whole else samples, "last": samples}
     figures: dict[str, Any] = {}
     for name, *_ in FIGURES:
         if name not in samples[0]:
             continue
         parts = {
-            window: [sample[name] for sample in samples[first - 1 : last]] for window, (first, last) in windows.items()
+            window: [sample[name] for sample in streams[window][first - 1 : last]]
+            for window, (first, last) in windows.items()
         }
         figures[name] = {
             window: {"median": statistics.median(values), "least": min(values), "most": max(values)}
@@ -68,20 +79,22 @@ def as_table(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A curve over the increments for each of the main figures; a PNG."""
-    samples = report["increments"]
+    """A curve over the increments for each of the main figures, the second stream's beside it; a PNG."""
+    samples, second = report["increments"], report["second_stream"]
     drawn = [figure for figure in FIGURES if figure[0] in _DRAWN and figure[0] in samples[0]]
     picture = Figure(figsize=(8.0, 1.5 * len(drawn)), dpi=120, layout="constrained")
     panels = picture.subplots(len(drawn), squeeze=False, sharex=True)[:, 0]
     numbers = range(1, len(samples) + 1)
     for axes, (name, heading, unit, divisor) in zip(panels, drawn, strict=True):
         axes.plot(numbers, [sample[name] / divisor for sample in samples], color=_COLOUR, linewidth=0.7)
+        values = [sample[name] / divisor for sample in second]
+        axes.plot(range(1, len(second) + 1), values, color=_SECOND, linewidth=0.7)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{heading}, {unit}", loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         for first, last in report["windows"].values():
             axes.axvspan(first, last, color="#e6e6e6", zorder=0)
-    panels[-1].set_xlabel("increment")
+    panels[-1].set_xlabel("increment" + ("; orange: a second stream, by turns with the last ones" if second else ""))
     png = io.BytesIO()
     picture.savefig(png, format="png", metadata={"Software": None})
     write_atomic(path, png.getvalue())

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from data_contracts.errors import UserError
 from pipeline.backbones.load import load_tokenizer
 from pipeline.benchmarks.machine import describe_machine, describe_software, load_average
+from pipeline.benchmarks.scale.fresh import FreshStream
 from pipeline.benchmarks.scale.options import ScaleOptions
 from pipeline.benchmarks.scale.report import draw, summarise
-from pipeline.benchmarks.scale.synthetic import make_backbone, make_task
+from pipeline.benchmarks.scale.synthetic import Sample, make_backbone, make_task
 from pipeline.config import StreamConfig, build_method
 from pipeline.continual import backbone_record, learn
 from pipeline.data.tokens import PreparedTask
@@ -35,14 +36,14 @@ from pipeline.tracking.manifest import MANIFEST, RUN, Manifest
 from pipeline.tracking.mlflow_log import Tracker
 from pipeline.training.stop import StopFlag
 
-FORMAT = 1
+FORMAT = 2
 _ZERO3 = Path(__file__).resolve().parents[3] / "deepspeed_configs" / "zero3.json"
-Sample = dict[str, float]  # what one increment took and left
 
 
 def run_scale(options: ScaleOptions, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Learn `options.increments` synthetic tasks; writes `out` (JSON) and a picture beside it, returns the report.
 
+    The last window's increments take turns with the first ones of a second stream, and are held against these.
     The report is written again every 100 increments, so that a run that is stopped keeps what it has. Raises UserError
     for a place that cannot be written, and where the kernel does not tell a process's resident memory.
     """
@@ -58,18 +59,29 @@ def run_scale(options: ScaleOptions, out: Path, say: Callable[[str], None] = pri
         "settings": options.public(),
     }
     samples: list[Sample] = []
+    fresh: list[Sample] = []
     started, shown = time.monotonic(), time.monotonic()
 
     def write() -> None:
         with leaving_no_garbage():  # a picture is some MB of objects in cycles, and none of the product's
-            report.update(summarise(options, samples), load_average_after=load_average(), increments=samples)
+            figures = summarise(options, samples, fresh)
+            report.update(figures, load_average_after=load_average(), increments=samples, second_stream=fresh)
             write_atomic(out, (json.dumps(report, indent=1) + "\n").encode())
             draw(report, out.with_suffix(".png"))
 
     folder = Path(options.work_dir or tempfile.mkdtemp(prefix="scale-"))
-    try:
+    (first, _), (turns, _) = options.windows["first"], options.windows["last"]
+    second: FreshStream | None = None
+    with contextlib.ExitStack() as stack:
+        if options.work_dir is None:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         for sample in increments(options, folder):
             samples.append(sample)
+            if len(samples) == turns - 1:
+                second = stack.enter_context(FreshStream(options, folder / "second"))
+                fresh += [second.next() for _ in range(1, first)]
+            elif second is not None:
+                fresh.append(second.next())
             now = time.monotonic()
             if now - shown > 5 or len(samples) == options.increments:
                 shown = now
@@ -81,9 +93,6 @@ def run_scale(options: ScaleOptions, out: Path, say: Callable[[str], None] = pri
             if len(samples) % 100 == 0 and len(samples) < options.increments:
                 write()
         write()
-    finally:
-        if options.work_dir is None:
-            shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
@@ -94,6 +103,15 @@ def increments(options: ScaleOptions, folder: Path) -> Iterator[Sample]:
     make_backbone(folder / "backbone", options.width, options.layers, options.seed)
     paths = [str(make_task(data, number, options.rows, options.seed)) for number in range(1, options.increments + 1)]
     job, tracker = start(options, folder, work_dir, paths[:1])
+    try:
+        yield from learn_all(job, tracker, paths)
+    finally:
+        if tracker is not None:
+            tracker.close()
+
+
+def learn_all(job: Job, tracker: Tracker | None, paths: Sequence[str]) -> Iterator[Sample]:
+    """Learn the tasks of these contracts one after another."""
     backbone, stop = backbone_record(job.config), StopFlag()
     history, prepared, tasks = History(), {}, []
     for path in paths:
@@ -113,8 +131,6 @@ def increments(options: ScaleOptions, folder: Path) -> Iterator[Sample]:
             end = time.perf_counter()
         seconds = {f"{part}_seconds": value for part, value in job.seconds.items()}
         yield {"prepare_seconds": ready - begin, **seconds, "total_seconds": end - begin, **left_bytes(job, manifest)}
-    if tracker is not None:
-        tracker.close()
 
 
 def start(options: ScaleOptions, folder: Path, work_dir: Path, tasks: list[str]) -> tuple[Job, Tracker | None]:

@@ -10,6 +10,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+Sample = dict[str, float]  # what one increment took and left
 _END, _PAD = "<|end|>", "<|pad|>"
 _LABELS = {"bad": " bad", "good": " good"}
 _CUES = {"bad": ("late", "torn", "dull"), "good": ("new", "kind", "neat")}
