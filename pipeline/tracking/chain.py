@@ -140,17 +140,6 @@ def _publish(
     folders = _newest_folders(increments, champion)
     head = 0 if champion is None else _head(work_dir, folders, champion).increment
     _check_follows(work_dir, champion, head, manifest)
-    bank = Bank(work_dir / "bank")
-    for sha in sorted(set(digests_of(manifest)).difference(withdrawn)):
-        bank.verify(sha)
-    if not (staged_dir / MANIFEST).exists():
-        write_atomic(staged_dir / MANIFEST, manifest.to_bytes())
-    gone = {name.partition("/")[2] for name in withdrawn if name.startswith(f"{manifest.folder}/")}
-    problems = folder_problems(staged_dir, manifest, gone)
-    if problems:
-        raise UserError(
-            f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
-        )
     if isinstance(manifest, Manifest):
         after, changed = advance(champion, manifest)
         data = after.to_bytes(champion, changed)
@@ -160,6 +149,7 @@ def _publish(
     with atomic_file(work_dir / CHAMPION) as file:  # grows with the tasks: the disk takes it while the rest is done
         file.write(data)
         start_writing(file)
+        _verify_staged(work_dir, staged_dir, manifest, withdrawn)
         make_durable(staged_dir)
         if store is not None:
             store.publish(work_dir, staged_dir, manifest, champion, after)
@@ -171,6 +161,21 @@ def _publish(
         _remember(increments, manifest)
         fsync_dir(increments)
     return after
+
+
+def _verify_staged(work_dir: Path, staged_dir: Path, manifest: Entry, withdrawn: Collection[str]) -> None:
+    """Every bank file and staged file is what the manifest says; manifest.json is written. Raises UserError."""
+    bank = Bank(work_dir / "bank")
+    for sha in sorted(set(digests_of(manifest)).difference(withdrawn)):
+        bank.verify(sha)
+    if not (staged_dir / MANIFEST).exists():
+        write_atomic(staged_dir / MANIFEST, manifest.to_bytes())
+    gone = {name.partition("/")[2] for name in withdrawn if name.startswith(f"{manifest.folder}/")}
+    problems = folder_problems(staged_dir, manifest, gone)
+    if problems:
+        raise UserError(
+            f"{staged_dir}: increment {manifest.increment} is not published: {'; '.join(problems)}; run it again"
+        )
 
 
 def digests_of(manifest: Entry) -> Iterator[str]:
