@@ -105,7 +105,7 @@ def test_the_second_stream_is_a_stream_like_the_first(scale):
     assert findings and all(finding.ok for finding in findings)
 
 
-def test_a_second_stream_that_fails_says_why(tmp_path, monkeypatch):
+def test_a_second_stream_that_fails_says_why(tmp_path):
     with FreshStream(ScaleOptions(increments=3, mlflow=False), tmp_path / "second") as second:
         (tmp_path / "second" / "work").write_text("in the way")
         with pytest.raises(RuntimeError, match=r"the second stream ended with 1:\n(.|\n)*FileExistsError"):
