@@ -57,10 +57,11 @@ def make_durable(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end: a kill at any moment leaves the old or the new, whole.
 
-    Nothing is left of it when the block raises.
+    Nothing is left of it when the block raises. Not `durable`: whoever calls sees to it that a power failure does not
+    take it back (`make_durable`).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,14 +69,16 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    if durable:
+        fsync_dir(path.parent)
 
 
 def start_writing(file: BinaryIO) -> None:
@@ -93,9 +96,9 @@ def seed_of(text: str) -> int:
     return int(sha256_text(text)[:15], 16)
 
 
-def write_atomic(path: Path | str, data: bytes) -> None:
+def write_atomic(path: Path | str, data: bytes, durable: bool = True) -> None:
     """Write `data` to `path` as `atomic_file` does."""
-    with atomic_file(path) as file:
+    with atomic_file(path, durable) as file:
         file.write(data)
 
 

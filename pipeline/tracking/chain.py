@@ -20,17 +20,8 @@ from typing import TYPE_CHECKING
 
 from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
-from pipeline.files import (
-    atomic_file,
-    fsync_dir,
-    make_durable,
-    sha256_bytes,
-    sha256_file,
-    start_writing,
-    write_atomic,
-    writing,
-)
-from pipeline.tracking.champion import CHAMPION, Champion, read_champion
+from pipeline.files import fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
+from pipeline.tracking.champion import CHAMPION, Champion, read_champion, replacing_champion
 from pipeline.tracking.history import History, take_over
 from pipeline.tracking.manifest import MANIFEST, RUN, Entry, Manifest, parse_manifest
 
@@ -142,13 +133,11 @@ def _publish(
     _check_follows(work_dir, champion, head, manifest)
     if isinstance(manifest, Manifest):
         after, changed = advance(champion, manifest)
-        data = after.to_bytes(champion, changed)
+        replacing = replacing_champion(work_dir, after, champion, changed)
     else:
         after = fold([manifest, *load_chain(work_dir)])
-        data = after.to_bytes()
-    with atomic_file(work_dir / CHAMPION) as file:  # grows with the tasks: the disk takes it while the rest is done
-        file.write(data)
-        start_writing(file)
+        replacing = replacing_champion(work_dir, after)
+    with replacing:
         _verify_staged(work_dir, staged_dir, manifest, withdrawn)
         make_durable(staged_dir)
         if store is not None:
@@ -169,7 +158,7 @@ def _verify_staged(work_dir: Path, staged_dir: Path, manifest: Entry, withdrawn:
     for sha in sorted(set(digests_of(manifest)).difference(withdrawn)):
         bank.verify(sha)
     if not (staged_dir / MANIFEST).exists():
-        write_atomic(staged_dir / MANIFEST, manifest.to_bytes())
+        write_atomic(staged_dir / MANIFEST, manifest.to_bytes(), durable=False)  # `make_durable` follows
     gone = {name.partition("/")[2] for name in withdrawn if name.startswith(f"{manifest.folder}/")}
     problems = folder_problems(staged_dir, manifest, gone)
     if problems:

@@ -4,17 +4,22 @@ It is the fold of the chain and replaced as a whole, so that it grows with the t
 on parses nothing that it wrote itself, and writes out anew only the tasks that an increment changed.
 """
 
+import os
+import time
+from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import BinaryIO, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from data_contracts.errors import UserError
 from pipeline.config import describe
-from pipeline.files import canonical_json
+from pipeline.files import atomic_file, canonical_json, start_writing
 from pipeline.tracking.manifest import Record, RoleName, Sha256, TaskName
 
 CHAMPION = "champion.json"
@@ -29,39 +34,48 @@ class Champion(Record):
     bundles: dict[TaskName, dict[RoleName, Sha256]]
     state: dict[TaskName, dict[RoleName, Sha256]]
 
-    def to_bytes(self, before: "Champion | None" = None, changed: Iterable[str] = ()) -> bytes:
-        """The file's content: canonical JSON in UTF-8.
+    def to_bytes(self) -> bytes:
+        """The file's content: canonical JSON in UTF-8."""
+        file = BytesIO()
+        self.write_to(file)
+        return file.getvalue()
+
+    def write_to(self, file: BinaryIO, before: "Champion | None" = None, changed: Iterable[str] = ()) -> None:
+        """Write the file's content.
 
         Args:
+            file: takes bytes.
             before: a champion that differs in no tasks but those `changed`. Where it was the last one to be
                 written out here, only these are written out anew.
+            changed: names of tasks.
         """
         last = _Written.last
-        if last is not None and last.champion is self:
-            return last.data
-        if last is not None and before is not None and last.champion is before:
-            _Written.last = None  # its parts are taken over
-            bundles, state = last.bundles, last.state
-            for task in changed:
-                bundles.replace(task, self.bundles.get(task))
-                state.replace(task, self.state.get(task))
-        else:
-            bundles, state = _Table(self.bundles), _Table(self.state)
-        between = canonical_json(self.model_dump(include={"format", "head", "increment"}))[1:-1].encode()
-        pieces = [b'{"bundles":{', bundles.text, b"},", between, b',"state":{', state.text, b"}}"]
-        data = b"".join(pieces)  # once: they may be hundreds of KB
-        _Written.last = _Written(self, data, bundles, state)
-        return data
+        if last is None or last.champion is not self:
+            _Written.last = None  # its tables are taken over
+            if last is not None and before is not None and last.champion is before:
+                bundles, state = last.bundles, last.state
+                for task in changed:
+                    bundles.replace(task, self.bundles.get(task))
+                    state.replace(task, self.state.get(task))
+            else:
+                bundles, state = _Table(self.bundles), _Table(self.state)
+            rest = canonical_json(self.model_dump(include={"format", "head", "increment"}))[1:-1].encode()
+            last = _Written.last = _Written(self, bundles, rest, state)
+        file.write(b'{"bundles":{')
+        last.bundles.write_to(file)
+        file.write(b"}," + last.rest + b',"state":{')
+        last.state.write_to(file)
+        file.write(b"}}")
 
 
 class _Table:
-    """A table by task as canonical JSON. One piece of memory: thousands of small ones take longer to gather."""
+    """A table by task as canonical JSON. One piece of memory, changed in place: it may be hundreds of KB."""
 
     def __init__(self, table: Mapping[str, dict[str, str]]) -> None:
         self.tasks = sorted(table)
         parts = [self._part(task, table[task]) for task in self.tasks]
-        self._sizes = [len(part) for part in parts]
-        self._text = b"".join(parts)
+        self._sizes = array("L", map(len, parts))
+        self._text = bytearray(b"".join(parts))
 
     @staticmethod
     def _part(task: str, roles: dict[str, str]) -> bytes:
@@ -80,39 +94,79 @@ class _Table:
             part = self._part(task, roles)
             self.tasks.insert(place, task)
             self._sizes.insert(place, len(part))
-        if part or begin < end:
-            text = memoryview(self._text)
-            self._text = b"".join([text[:begin], part, text[end:]])
+        self._text[begin:end] = part
 
-    @property
-    def text(self) -> memoryview:
+    def write_to(self, file: BinaryIO) -> None:
         """Without its braces."""
-        return memoryview(self._text)[:-1]
+        with memoryview(self._text) as text:
+            file.write(text[:-1])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Written:
-    """A champion, its bytes, and the parts they are made of."""
+    """A champion and the parts of its content."""
 
     last: ClassVar["_Written | None"] = None  # the one that this process wrote out last
 
     champion: Champion
-    data: bytes
     bundles: _Table
+    rest: bytes  # the fields between the tables
     state: _Table
+    mark: "_Mark | None" = None  # of its file, where this process has made that and nobody else had it since
+
+
+class _Mark(NamedTuple):
+    """Another one for every change of a file."""
+
+    device: int
+    inode: int
+    bytes: int
+    modified_ns: int
+    changed_ns: int
+
+
+def _mark(path: Path) -> _Mark | None:
+    """None for a file that cannot be looked at."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return _Mark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@contextmanager
+def replacing_champion(
+    work_dir: Path, champion: Champion, before: Champion | None = None, changed: Iterable[str] = ()
+) -> Iterator[None]:
+    """A block after which champion.json holds `champion`; a kill or an error leaves the old one. It grows with the
+    tasks, so that the disk takes it while the block does the rest. Arguments as for `Champion.write_to`.
+    """
+    path = work_dir / CHAMPION
+    with atomic_file(path) as file:
+        champion.write_to(file, before, changed)
+        written = _Written.last
+        start_writing(file)
+        now = time.time_ns()  # the system may date two changes in a row alike
+        os.utime(file.fileno(), ns=(now, now))
+        yield
+    mark = _mark(path)
+    if written is not None and mark is not None and mark.modified_ns == now:  # else the file system's times are coarser
+        written.mark = mark
 
 
 def read_champion(work_dir: Path | str) -> Champion | None:
     """The champion of a work_dir, None when nothing was published. Raises UserError when champion.json is damaged."""
     path = Path(work_dir) / CHAMPION
+    last = _Written.last
+    if last is not None and last.mark is not None and last.mark == _mark(path):
+        return last.champion
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
-    last = _Written.last
-    if last is not None and last.data == data:
+    if last is not None and last.champion.to_bytes() == data:
         return last.champion
     try:
         champion = Champion.model_validate_json(data)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,30 @@ def test_the_champion_file_is_canonical_json_and_only_changed_tasks_are_written_
             "state": {"t0071": other},
         }
     )
-    data = later.to_bytes(champion, {"t299", "t007", "a", "t0071", "product_reviews", "nowhere"})
-    assert data == as_python_writes_it(later)
+    file = BytesIO()
+    later.write_to(file, champion, {"t299", "t007", "a", "t0071", "product_reviews", "nowhere"})
+    assert file.getvalue() == as_python_writes_it(later)
     assert [value for value in written if isinstance(value, dict)].count(new) == 2 and len(written) == 2 + 1 + 1
-    assert later.to_bytes() == data and len(written) == 4  # nothing is made twice
-    assert later.model_copy().to_bytes() == data
+    assert later.to_bytes() == file.getvalue() and len(written) == 4  # nothing is made twice
+    assert later.model_copy().to_bytes() == file.getvalue()
+
+
+def test_the_champion_file_is_read_again_only_where_it_is_not_as_this_process_left_it(by_hand, tmp_path, monkeypatch):
+    path, read = tmp_path / "champion.json", Path.read_bytes
+    by_hand.publish_all(tmp_path, count=2)
+    left, reads = read_champion(tmp_path), []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))
+    assert read_champion(tmp_path) == left and reads == []
+
+    times, other = path.stat(), left.model_copy(update={"head": "0" * 64})
+    path.write_bytes(other.to_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as large and as old as before
+    assert path.stat().st_size == times.st_size
+    assert read_champion(tmp_path) == other and reads == [path]
+
+    (tmp_path / "beside").write_bytes(left.to_bytes())
+    os.replace(tmp_path / "beside", path)
+    assert read_champion(tmp_path) == left and reads == [path, path]
 
 
 def test_a_rejected_increment_moves_the_head_and_nothing_else(by_hand, tmp_path):
