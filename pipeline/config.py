@@ -99,7 +99,7 @@ class RouterConfig(Section):
     It reads the raw text through the frozen first layers of the backbone. Every increment keeps features^2 numbers.
     """
 
-    layers: int = Field(4, ge=1)  # decoder layers that read the text
+    layers: int | None = Field(None, ge=1)  # decoder layers that read the text; null: as the router there is, or half
     features: int = Field(2000, ge=1)  # random ReLU features; 2000 keep 32 MB
     regularisation: float = Field(10.0, gt=0)  # of the ridge regression
     max_tokens: int = Field(256, ge=1)  # of a text that are read

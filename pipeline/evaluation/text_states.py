@@ -23,10 +23,18 @@ _TINY = 1e-6  # keeps a state of zeros from dividing by zero
 
 def check_router(router: RouterConfig | None, backbone: PreTrainedConfig) -> None:
     """Raise UserError where the router asks for more layers than the backbone has."""
-    if router is not None and router.layers > backbone.num_hidden_layers:
+    if router is not None and (router.layers or 1) > backbone.num_hidden_layers:
         raise UserError(
             f"router.layers is {router.layers}, but the backbone has {backbone.num_hidden_layers} layers; lower it"
         )
+
+
+def with_layers(router: RouterConfig, backbone: PreTrainedConfig, before: TaskRouter | None = None) -> RouterConfig:
+    """The configuration with its number of layers: where it leaves that open, `before`'s, or half of the backbone's."""
+    if router.layers is not None:
+        return router
+    layers = before.config.layers if before is not None else max(1, backbone.num_hidden_layers // 2)
+    return router.model_copy(update={"layers": layers})
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

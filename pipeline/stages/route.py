@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from pipeline.backbones.load import load_config
 from pipeline.data.tokens import PreparedTask
 from pipeline.evaluation.task_router import TaskRouter
-from pipeline.evaluation.text_states import sum_features, text_tokens
+from pipeline.evaluation.text_states import sum_features, text_tokens, with_layers
 from pipeline.methods.protocol import Increment
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
@@ -19,14 +20,13 @@ def learn_router(job: Job, increment: Increment, tasks: Mapping[str, PreparedTas
     A router starts anew where none was learned before or its features have changed; then, and for a task learned
     while there was none, the rows of the earlier tasks at hand are read as well.
     """
-    config = job.config.router
-    if config is None:
+    if job.config.router is None:
         return None
+    before = read_router(job, increment.router) if increment.router is not None else None
+    config = with_layers(job.config.router, load_config(job.config.backbone), before)
     router = TaskRouter.empty(config)
-    if increment.router is not None:
-        before = read_router(job, increment.router)
-        if before.fits(config):
-            router = TaskRouter(config, before.tasks, before.normal, before.moments)
+    if before is not None and before.fits(config):
+        router = TaskRouter(config, before.tasks, before.normal, before.moments)
     missing = [task for task in increment.order if task not in router.tasks and task in tasks]
     job.serve({})
     for task in dict.fromkeys([*missing, increment.task]):

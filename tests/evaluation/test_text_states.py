@@ -6,7 +6,14 @@ import torch
 from data_contracts.errors import UserError
 from pipeline.config import RouterConfig
 from pipeline.evaluation.task_router import TaskRouter
-from pipeline.evaluation.text_states import check_router, pooled_texts, score_texts, sum_features, text_tokens
+from pipeline.evaluation.text_states import (
+    check_router,
+    pooled_texts,
+    score_texts,
+    sum_features,
+    text_tokens,
+    with_layers,
+)
 from pipeline.experts.attach import ExpertPlan
 from pipeline.experts.lora import LoraOptions
 from tests.helpers import light_learner, ragged, randomise, tiny_llama
@@ -70,3 +77,12 @@ def test_more_layers_than_the_backbone_has_are_refused():
     check_router(RouterConfig(layers=3), config)
     with pytest.raises(UserError, match=r"router\.layers is 4, but the backbone has 3 layers"):
         check_router(RouterConfig(layers=4), config)
+
+
+def test_layers_left_open_are_half_of_the_backbones_or_those_of_the_router_there_is():
+    config = tiny_llama(90).config  # three layers
+    assert with_layers(RouterConfig(), config).layers == 1
+    assert with_layers(RouterConfig(layers=3), config).layers == 3
+    config.num_hidden_layers = 30
+    assert with_layers(RouterConfig(features=7), config) == RouterConfig(layers=15, features=7)
+    assert with_layers(RouterConfig(), config, TaskRouter.empty(RouterConfig(layers=4, features=7))).layers == 4

@@ -24,12 +24,10 @@ from typing import Any
 import yaml
 
 from data_contracts.errors import UserError
-from pipeline.backbones.load import load_config
 from pipeline.benchmarks.children import ROOT, child_environment, launcher
 from pipeline.benchmarks.quality.cells import Cell
 from pipeline.benchmarks.quality.options import QualityOptions
 from pipeline.benchmarks.quality.suites import SUITES
-from pipeline.config import BackboneConfig, RouterConfig
 from pipeline.files import write_atomic
 from pipeline.training.stop import EXIT_STOPPED
 
@@ -75,8 +73,7 @@ def write_inputs(cell: Cell, folder: Path) -> Path:
         "seed": cell.seed,
     }
     if cell.setting.router:
-        layers = load_config(BackboneConfig(path=options.backbone)).num_hidden_layers
-        stream["router"] = {"layers": min(RouterConfig().layers, layers)}
+        stream["router"] = {}
     if (precision := SUITES[cell.suite].review) is not None:
         stream["evaluation"] = {"review": {"target_precision": precision}}
     (folder / "stream.yaml").write_text(yaml.safe_dump(stream, sort_keys=False), encoding="utf-8")

@@ -19,7 +19,7 @@ class RouterOptions:
     backbone: str  # folder of a backbone
     data: str  # folder with one folder a task: {train,validation,test}.parquet with a column text
     tasks: tuple[str, ...]  # folders, in the order their tasks arrive
-    layers: tuple[int, ...] = (_ROUTER.layers,)  # depths to choose from, on validation
+    layers: tuple[int, ...] = ()  # depths to choose from, on validation; none: half of the backbone's layers
     regularisation: tuple[float, ...] = (_ROUTER.regularisation,)  # to choose from, on validation
     features: int = _ROUTER.features  # random features
     max_tokens: int = _ROUTER.max_tokens  # of a text that are read
@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="FOLDER", help="folder with one folder a task")
     add("--out", required=True, metavar="F", type=Path, help="JSON report")
     add("--tasks", required=True, nargs="+", metavar="TASK", help="in the order they arrive; at least two")
-    add("--layers", nargs="+", type=int, default=default["layers"], metavar="N", help="depths to choose from")
+    add("--layers", nargs="+", type=int, default=default["layers"], metavar="N", help="depths to choose from (half)")
     add(
         "--regularisation", nargs="+", type=float, default=default["regularisation"], metavar="X", help="to choose from"
     )

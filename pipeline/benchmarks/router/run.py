@@ -25,7 +25,7 @@ from pipeline.config import BackboneConfig, RouterConfig, StreamConfig
 from pipeline.data.batching import select_rows
 from pipeline.data.tokens import SPLITS
 from pipeline.evaluation.task_router import TaskRouter
-from pipeline.evaluation.text_states import check_router, pooled_texts, text_tokens
+from pipeline.evaluation.text_states import check_router, pooled_texts, text_tokens, with_layers
 from pipeline.files import write_atomic
 from pipeline.placement.distributed import start_world
 from pipeline.placement.learner import Learner, build_learner
@@ -47,19 +47,21 @@ class Choice:
 def run_router(options: RouterOptions, out: Path) -> dict[str, Any]:
     """Measure; writes and returns the report. Raises UserError for data or settings that cannot be used."""
     backbone = BackboneConfig(path=options.backbone, dtype=options.dtype)
+    architecture = load_config(backbone)
+    depths = options.layers or (with_layers(RouterConfig(), architecture).layers,)
     settings = [
         RouterConfig(layers=layers, regularisation=x, features=options.features, max_tokens=options.max_tokens)
-        for layers in options.layers
+        for layers in depths
         for x in options.regularisation
     ]
     for config in settings:
-        check_router(config, load_config(backbone))
+        check_router(config, architecture)
     texts = {task: read_texts(options, task) for task in options.tasks}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begin = time.perf_counter()
     learner, budget = build(backbone)
     tokens = tokenise(options, backbone, texts)
-    pooled = pool(learner, options.layers, tokens, budget)
+    pooled = pool(learner, depths, tokens, budget)
     choices, routers = [], []
     for config in settings:
         router = learn(config, pooled[config.layers])[-1]
