@@ -11,7 +11,6 @@ folder that the head does not reach is what a killed publish left over.
 import os
 import re
 import shutil
-import time
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
-from pipeline.files import fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
+from pipeline.files import date_apart, fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
 from pipeline.tracking.champion import CHAMPION, Champion, read_champion, replacing_champion
 from pipeline.tracking.history import History, take_over
 from pipeline.tracking.manifest import MANIFEST, RUN, Entry, Manifest, parse_manifest
@@ -296,15 +295,11 @@ def _state(folder: Path) -> tuple[int, int, int]:
 
 
 def _remember(increments: Path, head: Entry) -> None:
-    """A process that publishes on need not list increments/ again, which takes longer with every increment there is.
-
-    The folder gets a time of its own, since the system may date two changes in a row alike.
-    """
+    """A process that publishes on need not list increments/ again, which takes longer with every increment there is."""
     _remembered.clear()
-    now = time.time_ns()
-    os.utime(increments, ns=(now, now))
+    date = date_apart(increments)
     state = _state(increments)
-    if state[-1] == now:  # else the file system keeps coarser times
+    if state[-1] == date:  # else the file system keeps coarser times
         _remembered[state] = (head.sha256, head.increment, increments / head.folder)
 
 

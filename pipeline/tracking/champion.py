@@ -5,7 +5,6 @@ on parses nothing that it wrote itself, and writes out anew only the tasks that 
 """
 
 import os
-import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from data_contracts.errors import UserError
 from pipeline.config import describe
-from pipeline.files import atomic_file, canonical_json, start_writing
+from pipeline.files import atomic_file, canonical_json, date_apart, start_writing
 from pipeline.tracking.manifest import Record, RoleName, Sha256, TaskName
 
 CHAMPION = "champion.json"
@@ -126,9 +125,10 @@ class _Mark(NamedTuple):
 
 
 def _mark(path: Path) -> _Mark | None:
-    """None for a file that cannot be looked at."""
+    """None for a file that cannot be opened. Over NFS a `stat` without opening may be seconds old."""
     try:
-        found = os.stat(path)
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
     except OSError:
         return None
     return _Mark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -146,11 +146,12 @@ def replacing_champion(
         champion.write_to(file, before, changed)
         written = _Written.last
         start_writing(file)
-        now = time.time_ns()  # the system may date two changes in a row alike
-        os.utime(file.fileno(), ns=(now, now))
+        date = date_apart(file.fileno())
         yield
     mark = _mark(path)
-    if written is not None and mark is not None and mark.modified_ns == now:  # else the file system's times are coarser
+    if (
+        written is not None and mark is not None and mark.modified_ns == date
+    ):  # else the file system's times are coarser
         written.mark = mark
 
 

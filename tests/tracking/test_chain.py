@@ -1,5 +1,6 @@
 """The chain: what the champion is, and that publishing is all or nothing at every moment a process can die."""
 
+import errno
 import json
 import os
 import shutil
@@ -90,6 +91,15 @@ def test_the_champion_file_is_read_again_only_where_it_is_not_as_this_process_le
     (tmp_path / "beside").write_bytes(left.to_bytes())
     os.replace(tmp_path / "beside", path)
     assert read_champion(tmp_path) == left and reads == [path, path]
+
+
+def test_a_folder_whose_times_are_somebody_elses_to_set_is_published_into(by_hand, tmp_path, monkeypatch):
+    def refused(path, *_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+    monkeypatch.setattr(os, "utime", refused)
+    manifests = by_hand.publish_all(tmp_path, count=3)
+    assert load_chain(tmp_path) == manifests[::-1] and read_champion(tmp_path) == fold(manifests)
 
 
 def test_a_rejected_increment_moves_the_head_and_nothing_else(by_hand, tmp_path):
