@@ -55,7 +55,7 @@ def break_two(learned: Learned, folder: Path) -> tuple[Outcome, ...]:
     asleep, orphaned = (kind for kind in KINDS if kind.name in (A_SLEEPING_RANK, A_KILLED_RUNNER))
     return (
         break_job(asleep, learned.stream, folder / "asleep", forked=True, limit=5.0),
-        break_job(orphaned, learned.stream, folder / "orphaned"),
+        break_job(orphaned, learned.stream, folder / "orphaned", limit=60.0),  # its end is no matter of a limit
     )
 
 
