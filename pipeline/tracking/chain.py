@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
 from pipeline.files import date_apart, fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
-from pipeline.tracking.champion import CHAMPION, Champion, read_champion, replacing_champion
-from pipeline.tracking.history import History, take_over
+from pipeline.tracking.champion import CHAMPION, Champion, Current, read_champion
+from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, RUN, Entry, Manifest, parse_manifest
 
 if TYPE_CHECKING:
@@ -68,19 +68,6 @@ def champion_of(history: History) -> Champion | None:
     return Champion(head=history.head.sha256, increment=promoted, bundles=history.bundles, state=history.state)
 
 
-def advance(champion: Champion | None, manifest: Manifest) -> tuple[Champion, set[str]]:
-    """The champion after one more increment, and the tasks whose bundle or state is another in it: the head moves
-    always, these only with a promotion.
-    """
-    before = champion or Champion(head=manifest.sha256, increment=0, bundles={}, state={})
-    bundles, state = dict(before.bundles), dict(before.state)
-    changed = take_over(bundles, state, manifest)
-    promoted = manifest.increment if changed else before.increment
-    # every part comes from a validated record: validating the whole table again would cost more with every task
-    changes = {"head": manifest.sha256, "increment": promoted, "bundles": bundles, "state": state}
-    return before.model_copy(update=changes), changed
-
-
 def champion_differences(found: Champion, expected: Champion) -> list[str]:
     """One sentence for each field and each role in which a champion file differs from the fold of its chain."""
     differences = []
@@ -103,7 +90,7 @@ def publish(
     manifest: Entry,
     store: "Store | None" = None,
     withdrawn: Collection[str] = (),
-) -> Champion:
+) -> None:
     """Publish an entry of the chain: a change, or an increment whose files stand in `staged_dir` and whose tensors are
     in the bank.
 
@@ -117,38 +104,42 @@ def publish(
     manifest does not follow the head, here or in the store, or the disk or the store refuses to take it.
     """
     with writing(work_dir):
-        return _publish(Path(work_dir), Path(staged_dir), manifest, store, withdrawn)
+        _publish(Path(work_dir), Path(staged_dir), manifest, store, withdrawn)
 
 
 def _publish(
     work_dir: Path, staged_dir: Path, manifest: Entry, store: "Store | None", withdrawn: Collection[str]
-) -> Champion:
-    champion = read_champion(work_dir)
-    if champion is not None and champion.head == manifest.sha256:
-        return champion
+) -> None:
+    current = Current.take(work_dir)
+    parent = current.champion.head if current.champion else None
+    if parent == manifest.sha256:
+        return
     increments = work_dir / INCREMENTS
-    folders = _newest_folders(increments, champion)
-    head = 0 if champion is None else _head(work_dir, folders, champion).increment
-    _check_follows(work_dir, champion, head, manifest)
+    folders = _newest_folders(increments, current.champion)
+    head = 0 if current.champion is None else _head(work_dir, folders, current.champion).increment
+    if (manifest.increment, manifest.parent) != (head + 1, parent):
+        raise UserError(
+            f"{work_dir}: increment {manifest.increment} does not follow the chain's head, which is increment "
+            f"{head}; another run has published meanwhile: start this one again"
+        )
+    left_over = _left_over_folders(work_dir, current.champion, head, folders)
+    before = current.copy() if store is not None else None
     if isinstance(manifest, Manifest):
-        after, changed = advance(champion, manifest)
-        replacing = replacing_champion(work_dir, after, champion, changed)
+        current.advance(manifest)
     else:
-        after = fold([manifest, *load_chain(work_dir)])
-        replacing = replacing_champion(work_dir, after)
-    with replacing:
+        current = Current(fold([manifest, *load_chain(work_dir)]))
+    with current.replacing(work_dir):
         _verify_staged(work_dir, staged_dir, manifest, withdrawn)
         make_durable(staged_dir)
         if store is not None:
-            store.publish(work_dir, staged_dir, manifest, champion, after)
-        for folder in _left_over_folders(work_dir, champion, head, folders):
+            store.publish(work_dir, staged_dir, manifest, before, current.copy())
+        for folder in left_over:
             shutil.rmtree(folder)
         increments.mkdir(exist_ok=True)
         fsync_dir(work_dir)
         os.rename(staged_dir, increments / manifest.folder)
         _remember(increments, manifest)
         fsync_dir(increments)
-    return after
 
 
 def _verify_staged(work_dir: Path, staged_dir: Path, manifest: Entry, withdrawn: Collection[str]) -> None:
@@ -315,15 +306,6 @@ def _newest_folders(increments: Path, champion: Champion | None) -> list[tuple[i
 def _head(work_dir: Path, folders: list[tuple[int, Path]], champion: Champion) -> Entry:
     """The chain's newest manifest, verified, without a walk of the chain. Raises UserError when missing or altered."""
     return _find(work_dir, folders, champion.head, f"{CHAMPION} names as the head")
-
-
-def _check_follows(work_dir: Path, champion: Champion | None, number: int, manifest: Entry) -> None:
-    parent = None if champion is None else champion.head
-    if (manifest.increment, manifest.parent) != (number + 1, parent):
-        raise UserError(
-            f"{work_dir}: increment {manifest.increment} does not follow the chain's head, which is increment "
-            f"{number}; another run has published meanwhile: start this one again"
-        )
 
 
 def _find(work_dir: Path | str, folders: list[tuple[int, Path]], sha: str, who: str) -> Entry:

@@ -1,15 +1,13 @@
 """champion.json: what is served. The chain's head and, by task, the newest promoted bundle and method state.
 
-It is the fold of the chain and replaced as a whole, so that it grows with the tasks there are. A process that publishes
-on parses nothing that it wrote itself, and writes out anew only the tasks that an increment changed.
+It is the fold of the chain and replaced as a whole, so that it grows with the tasks there are.
 """
 
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, NamedTuple
@@ -19,7 +17,8 @@ from pydantic import Field, ValidationError
 from data_contracts.errors import UserError
 from pipeline.config import describe
 from pipeline.files import atomic_file, canonical_json, date_apart, start_writing
-from pipeline.tracking.manifest import Record, RoleName, Sha256, TaskName
+from pipeline.tracking.history import take_over
+from pipeline.tracking.manifest import Manifest, Record, RoleName, Sha256, TaskName
 
 CHAMPION = "champion.json"
 
@@ -35,36 +34,7 @@ class Champion(Record):
 
     def to_bytes(self) -> bytes:
         """The file's content: canonical JSON in UTF-8."""
-        file = BytesIO()
-        self.write_to(file)
-        return file.getvalue()
-
-    def write_to(self, file: BinaryIO, before: "Champion | None" = None, changed: Iterable[str] = ()) -> None:
-        """Write the file's content.
-
-        Args:
-            file: takes bytes.
-            before: a champion that differs in no tasks but those `changed`. Where it was the last one to be
-                written out here, only these are written out anew.
-            changed: names of tasks.
-        """
-        last = _Written.last
-        if last is None or last.champion is not self:
-            _Written.last = None  # its tables are taken over
-            if last is not None and before is not None and last.champion is before:
-                bundles, state = last.bundles, last.state
-                for task in changed:
-                    bundles.replace(task, self.bundles.get(task))
-                    state.replace(task, self.state.get(task))
-            else:
-                bundles, state = _Table(self.bundles), _Table(self.state)
-            rest = canonical_json(self.model_dump(include={"format", "head", "increment"}))[1:-1].encode()
-            last = _Written.last = _Written(self, bundles, rest, state)
-        file.write(b'{"bundles":{')
-        last.bundles.write_to(file)
-        file.write(b"}," + last.rest + b',"state":{')
-        last.state.write_to(file)
-        file.write(b"}}")
+        return canonical_json(self.model_dump()).encode()
 
 
 class _Table:
@@ -101,19 +71,6 @@ class _Table:
             file.write(text[:-1])
 
 
-@dataclass
-class _Written:
-    """A champion and the parts of its content."""
-
-    last: ClassVar["_Written | None"] = None  # the one that this process wrote out last
-
-    champion: Champion
-    bundles: _Table
-    rest: bytes  # the fields between the tables
-    state: _Table
-    mark: "_Mark | None" = None  # of its file, where this process has made that and nobody else had it since
-
-
 class _Mark(NamedTuple):
     """Another one for every change of a file."""
 
@@ -134,45 +91,102 @@ def _mark(path: Path) -> _Mark | None:
     return _Mark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-@contextmanager
-def replacing_champion(
-    work_dir: Path, champion: Champion, before: Champion | None = None, changed: Iterable[str] = ()
-) -> Iterator[None]:
-    """A block after which champion.json holds `champion`; a kill or an error leaves the old one. It grows with the
-    tasks, so that the disk takes it while the block does the rest. Arguments as for `Champion.write_to`.
+class Current:
+    """The champion of a work_dir in the hands of who publishes there: changed in place, and only the tasks that a
+    change touches are put into JSON anew. A process that publishes on neither reads back nor copies what it wrote.
     """
-    path = work_dir / CHAMPION
-    with atomic_file(path) as file:
-        champion.write_to(file, before, changed)
-        written = _Written.last
-        start_writing(file)
-        date = date_apart(file.fileno())
-        yield
-    mark = _mark(path)
-    if (
-        written is not None and mark is not None and mark.modified_ns == date
-    ):  # else the file system's times are coarser
-        written.mark = mark
+
+    _last: ClassVar["Current | None"] = None  # the one that this process wrote out last
+
+    def __init__(self, champion: Champion | None) -> None:
+        self.champion = champion  # None: nothing was published
+        self._tables: tuple[_Table, _Table] | None = None  # bundles and state, once they were written out
+        self._mark: _Mark | None = None  # of its file, where this process has made that and nobody else had it since
+
+    @classmethod
+    def take(cls, work_dir: Path | str) -> "Current":
+        """What champion.json holds, to be changed and written out. Raises UserError when the file is damaged."""
+        taken = cls._of(Path(work_dir) / CHAMPION)
+        cls._last = None  # until it is written out again, the file is what counts
+        return taken
+
+    @classmethod
+    def _of(cls, path: Path) -> "Current":
+        last = cls._last
+        if last is not None and last._mark is not None and last._mark == _mark(path):
+            return last
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return cls(None)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+        if last is not None and last.to_bytes() == data:
+            return last
+        try:
+            champion = Champion.model_validate_json(data)
+        except ValidationError as error:
+            raise UserError(
+                f"{path}: not a valid champion file ({describe(error)}); restore it from a backup"
+            ) from error
+        if champion.to_bytes() != data:
+            raise UserError(f"{path}: not in the form it was written in; restore it from a backup")
+        return cls(champion)
+
+    def copy(self) -> Champion | None:
+        """The champion as it is now, whatever becomes of this one."""
+        if self.champion is None:
+            return None
+        # every part comes from a validated record: validating the whole table again would cost more with every task
+        tables = {"bundles": dict(self.champion.bundles), "state": dict(self.champion.state)}
+        return self.champion.model_copy(update=tables)
+
+    def advance(self, manifest: Manifest) -> None:
+        """Take in one more increment: the head moves always, the tables only with a promotion."""
+        before = self.champion or Champion(head=manifest.sha256, increment=0, bundles={}, state={})
+        changed = take_over(before.bundles, before.state, manifest)
+        promoted = manifest.increment if changed else before.increment
+        self.champion = before.model_copy(update={"head": manifest.sha256, "increment": promoted})
+        if self._tables is not None:
+            bundles, state = self._tables
+            for task in changed:
+                bundles.replace(task, before.bundles.get(task))
+                state.replace(task, before.state.get(task))
+
+    @contextmanager
+    def replacing(self, work_dir: Path) -> Iterator[None]:
+        """A block after which champion.json holds this one; a kill or an error leaves the old one. The file grows with
+        the tasks, so that the disk takes it while the block does the rest.
+        """
+        path = work_dir / CHAMPION
+        with atomic_file(path) as file:
+            self._write_to(file)
+            start_writing(file)
+            date = date_apart(file.fileno())
+            yield
+        mark = _mark(path)
+        # where the times differ, those of the file system are coarser
+        self._mark = mark if mark is not None and mark.modified_ns == date else None
+        Current._last = self
+
+    def to_bytes(self) -> bytes:
+        """The file's content, as `Champion.to_bytes`."""
+        file = BytesIO()
+        self._write_to(file)
+        return file.getvalue()
+
+    def _write_to(self, file: BinaryIO) -> None:
+        if self._tables is None:
+            self._tables = _Table(self.champion.bundles), _Table(self.champion.state)
+        bundles, state = self._tables
+        rest = canonical_json(self.champion.model_dump(include={"format", "head", "increment"}))[1:-1]
+        file.write(b'{"bundles":{')
+        bundles.write_to(file)
+        file.write(b"}," + rest.encode() + b',"state":{')
+        state.write_to(file)
+        file.write(b"}}")
 
 
 def read_champion(work_dir: Path | str) -> Champion | None:
     """The champion of a work_dir, None when nothing was published. Raises UserError when champion.json is damaged."""
-    path = Path(work_dir) / CHAMPION
-    last = _Written.last
-    if last is not None and last.mark is not None and last.mark == _mark(path):
-        return last.champion
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
-    if last is not None and last.champion.to_bytes() == data:
-        return last.champion
-    try:
-        champion = Champion.model_validate_json(data)
-    except ValidationError as error:
-        raise UserError(f"{path}: not a valid champion file ({describe(error)}); restore it from a backup") from error
-    if champion.to_bytes() != data:
-        raise UserError(f"{path}: not in the form it was written in; restore it from a backup")
-    return champion
+    return Current._of(Path(work_dir) / CHAMPION).copy()
