@@ -20,7 +20,8 @@ from pipeline.evaluation.review_cost import decided
 from pipeline.experts.bank import Bank
 from pipeline.increments import without_router
 from pipeline.review import read_review
-from pipeline.tracking.chain import load_chain, take_over
+from pipeline.tracking.chain import load_chain
+from pipeline.tracking.history import take_over
 from pipeline.tracking.manifest import ROUTER, Manifest
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
