@@ -68,14 +68,14 @@ class Running:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"no end after {timeout} s\n{self.out.read_text()}\n{self.err.read_text()}") from None
+            raise AssertionError(f"no end after {timeout} s\n{self.err.read_text()}\n{self.out.read_text()}") from None
         return Done(code, self.out.read_text(), self.err.read_text())
 
     def _until(self, condition: Callable[[], bool], failure: str, timeout: float) -> None:
         end = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"{failure}\n{self.out.read_text()}\n{self.err.read_text()}")
+                raise AssertionError(f"{failure}\n{self.err.read_text()}\n{self.out.read_text()}")
             time.sleep(0.02)
 
 
