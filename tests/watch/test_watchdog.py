@@ -96,10 +96,11 @@ def scene(*roles, **environment):
 def played(tmp_path_factory):
     """{scene: (its job, what it returned)}, all played at once; afterwards nothing of them runs."""
     jobs = {}
+    folders = {name: tmp_path_factory.mktemp(name) for name in SCENES}  # not in threads: the first one makes the root
 
     def play(name):
         roles, environment, act = SCENES[name]
-        jobs[name] = Job(tmp_path_factory.mktemp(name), *roles, **environment)
+        jobs[name] = Job(folders[name], *roles, **environment)
         return jobs[name], act(jobs[name])
 
     with ThreadPoolExecutor(len(SCENES)) as pool:
