@@ -57,29 +57,54 @@ def make_durable(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-@contextmanager
-def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end: a kill at any moment leaves the old or the new, whole.
+class FileBeside:
+    """A file that is written beside `path`, to take its place."""
 
-    Nothing is left of it when the block raises. Not `durable`: whoever calls sees to it that a power failure does not
-    take it back (`make_durable`).
-    """
+    def __init__(self, path: Path, temporary: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.temporary = temporary
+        self.file = file
+        self.taken = False
+
+    def take_place(self, durable: bool = True) -> None:
+        """Close the file and give it the name `path`: a kill at any moment leaves the old or the new there, whole.
+
+        Not `durable`: whoever calls sees to it that a power failure does not take it back (`make_durable`).
+        """
+        self.file.flush()
+        if durable:
+            os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+        self.taken = True
+        if durable:
+            fsync_dir(self.path.parent)
+
+
+@contextmanager
+def file_beside(path: Path | str) -> Iterator[FileBeside]:
+    """A file beside `path`, of which nothing is left after the block unless it has taken its place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        fsync_dir(path.parent)
+    with open(temporary, "wb") as file:
+        beside = FileBeside(path, temporary, file)
+        try:
+            yield beside
+        finally:
+            if not beside.taken:
+                with suppress(OSError):  # the first error is the one to tell
+                    temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` at the end of the block (`FileBeside.take_place`); nothing is
+    left of it when the block raises.
+    """
+    with file_beside(path) as beside:
+        yield beside.file
+        beside.take_place(durable)
 
 
 def start_writing(file: BinaryIO) -> None:

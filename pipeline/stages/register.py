@@ -20,9 +20,9 @@ from pipeline.stages.gate import Verdict
 from pipeline.stages.job import Job
 from pipeline.stages.train import Trained
 from pipeline.store.published import open_store
-from pipeline.tracking.chain import publish
+from pipeline.tracking.chain import drafted, publish
 from pipeline.tracking.history import History
-from pipeline.tracking.manifest import Manifest
+from pipeline.tracking.manifest import RUN, Manifest
 from pipeline.tracking.matrix_rows import SHOWN, matrix_of, newest_rows
 from pipeline.tracking.versions import code_digest, library_versions
 
@@ -59,11 +59,33 @@ def register(
     staged = job.inflight / f"publish-{increment.number}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    stage_files(staged, job, increment, prepared, evaluated, verdict, context)
-    files = {
-        path.relative_to(staged).as_posix(): sha256_file(path) for path in sorted(staged.rglob("*")) if path.is_file()
-    }
-    manifest = Manifest(
+    manifest = manifest_of(job, increment, prepared, trained, evaluated, verdict, context)
+    with drafted(job.work_dir, manifest) as draft:
+        stage_files(staged, job, increment, prepared, evaluated, verdict, context)
+        files = {
+            path.relative_to(staged).as_posix(): sha256_file(path)
+            for path in sorted(staged.rglob("*"))
+            if path.is_file()
+        }
+        manifest = Manifest.model_validate(manifest.model_dump() | {"files": files})
+        write_atomic(staged / RUN, canonical_json(run_record(job, trained, context)).encode())
+        with job.timed("publish"):
+            store = open_store(job.config.store.uri) if job.config.store else None
+            publish(job.work_dir, staged, manifest, store, draft=draft)
+    return manifest
+
+
+def manifest_of(
+    job: Job,
+    increment: Increment,
+    prepared: PreparedTask,
+    trained: Trained,
+    evaluated: Evaluated,
+    verdict: Verdict,
+    context: Context,
+) -> Manifest:
+    """The increment's manifest; the digests of its files are still wanting."""
+    return Manifest(
         increment=increment.number,
         task=increment.task,
         parent=context.history.head_sha256,
@@ -86,14 +108,10 @@ def register(
         row=evaluated.row,
         row_inferred=evaluated.inferred.row,
         validation_row=evaluated.validation_row,
-        files=files,
+        files={},
         gate=verdict.to_dict() | {"retention": evaluated.retention},
         versions=library_versions() | {"code": code_digest()},
     )
-    write_atomic(staged / "run.json", canonical_json(run_record(job, trained, context)).encode())
-    with job.timed("publish"):
-        publish(job.work_dir, staged, manifest, open_store(job.config.store.uri) if job.config.store else None)
-    return manifest
 
 
 def stage_files(

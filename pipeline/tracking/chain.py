@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from data_contracts.errors import UserError
 from pipeline.experts.bank import Bank
 from pipeline.files import date_apart, fsync_dir, make_durable, sha256_bytes, sha256_file, write_atomic, writing
-from pipeline.tracking.champion import CHAMPION, Champion, Current, read_champion
+from pipeline.tracking.champion import CHAMPION, Champion, Current, Draft, Served, read_champion
 from pipeline.tracking.history import History
 from pipeline.tracking.manifest import MANIFEST, RUN, Entry, Manifest, parse_manifest
 
@@ -84,12 +85,30 @@ def champion_differences(found: Champion, expected: Champion) -> list[str]:
     return differences
 
 
+@contextmanager
+def drafted(work_dir: Path | str, entry: Entry) -> Iterator[Draft]:
+    """champion.json as `entry` will leave it, written beside the one that is served: a block that makes the entry's
+    other files and publishes it. The digests in `entry.files` and with them its own may still be wanting.
+    """
+    work_dir = Path(work_dir)
+    with writing(work_dir):
+        before = Served.at_first(work_dir)
+        if isinstance(entry, Manifest):
+            current = Current.take(work_dir)
+            current.advance(entry)
+        else:
+            current = Current(fold([entry, *load_chain(work_dir)]))
+        with current.drafted(work_dir, before, entry) as draft:
+            yield draft
+
+
 def publish(
     work_dir: Path | str,
     staged_dir: Path | str,
     manifest: Entry,
     store: "Store | None" = None,
     withdrawn: Collection[str] = (),
+    draft: Draft | None = None,
 ) -> None:
     """Publish an entry of the chain: a change, or an increment whose files stand in `staged_dir` and whose tensors are
     in the bank.
@@ -98,48 +117,54 @@ def publish(
     renamed into the chain; then champion.json is replaced. A kill at any moment leaves the old champion or the new
     one, whole. Publishing the head again changes nothing. manifest.json is written here, run.json may stand beside
     it. With a `store`, the entry is published there before the folder is renamed here. `withdrawn` holds bank digests
-    and names below increments/ that need not be there, since a later entry withdraws them.
+    and names below increments/ that need not be there, since a later entry withdraws them. Where the increment was
+    `drafted`, champion.json is on the disk already but for the head.
 
     Raises UserError when a staged file or bank file is missing, altered or not named by the manifest, or when the
     manifest does not follow the head, here or in the store, or the disk or the store refuses to take it.
     """
+    work_dir = Path(work_dir)
+    if draft is not None and manifest.model_copy(update={"files": draft.entry.files}) != draft.entry:
+        raise ValueError(f"the draft was made for another entry than {manifest.folder}")
     with writing(work_dir):
-        _publish(Path(work_dir), Path(staged_dir), manifest, store, withdrawn)
+        served = draft.before.now(work_dir) if draft is not None else read_champion(work_dir)
+        if served is not None and served.head == manifest.sha256:
+            return
+        with drafted(work_dir, manifest) if draft is None else nullcontext(draft) as draft:
+            _publish(work_dir, Path(staged_dir), manifest, served, draft, store, withdrawn)
 
 
 def _publish(
-    work_dir: Path, staged_dir: Path, manifest: Entry, store: "Store | None", withdrawn: Collection[str]
+    work_dir: Path,
+    staged_dir: Path,
+    manifest: Entry,
+    served: Champion | None,
+    draft: Draft,
+    store: "Store | None",
+    withdrawn: Collection[str],
 ) -> None:
-    current = Current.take(work_dir)
-    parent = current.champion.head if current.champion else None
-    if parent == manifest.sha256:
-        return
     increments = work_dir / INCREMENTS
-    folders = _newest_folders(increments, current.champion)
-    head = 0 if current.champion is None else _head(work_dir, folders, current.champion).increment
-    if (manifest.increment, manifest.parent) != (head + 1, parent):
+    folders = _newest_folders(increments, served)
+    head = 0 if served is None else _head(work_dir, folders, served).increment
+    if (manifest.increment, manifest.parent) != (head + 1, served.head if served else None):
         raise UserError(
             f"{work_dir}: increment {manifest.increment} does not follow the chain's head, which is increment "
             f"{head}; another run has published meanwhile: start this one again"
         )
-    left_over = _left_over_folders(work_dir, current.champion, head, folders)
-    before = current.copy() if store is not None else None
-    if isinstance(manifest, Manifest):
-        current.advance(manifest)
-    else:
-        current = Current(fold([manifest, *load_chain(work_dir)]))
-    with current.replacing(work_dir):
-        _verify_staged(work_dir, staged_dir, manifest, withdrawn)
-        make_durable(staged_dir)
-        if store is not None:
-            store.publish(work_dir, staged_dir, manifest, before, current.copy())
-        for folder in left_over:
-            shutil.rmtree(folder)
-        increments.mkdir(exist_ok=True)
-        fsync_dir(work_dir)
-        os.rename(staged_dir, increments / manifest.folder)
-        _remember(increments, manifest)
-        fsync_dir(increments)
+    left_over = _left_over_folders(work_dir, served, head, folders)
+    draft.settle(manifest.sha256)
+    _verify_staged(work_dir, staged_dir, manifest, withdrawn)
+    make_durable(staged_dir)
+    if store is not None:
+        store.publish(work_dir, staged_dir, manifest, served, draft.copy())
+    for folder in left_over:
+        shutil.rmtree(folder)
+    increments.mkdir(exist_ok=True)
+    fsync_dir(work_dir)
+    os.rename(staged_dir, increments / manifest.folder)
+    _remember(increments, manifest)
+    fsync_dir(increments)
+    draft.take_place()
 
 
 def _verify_staged(work_dir: Path, staged_dir: Path, manifest: Entry, withdrawn: Collection[str]) -> None:

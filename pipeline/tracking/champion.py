@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError
 
 from data_contracts.errors import UserError
 from pipeline.config import describe
-from pipeline.files import atomic_file, canonical_json, date_apart, start_writing
+from pipeline.files import FileBeside, canonical_json, date_apart, file_beside, start_writing
 from pipeline.tracking.history import take_over
-from pipeline.tracking.manifest import Manifest, Record, RoleName, Sha256, TaskName
+from pipeline.tracking.manifest import Entry, Manifest, Record, RoleName, Sha256, TaskName
 
 CHAMPION = "champion.json"
 
@@ -91,6 +91,25 @@ def _mark(path: Path) -> _Mark | None:
     return _Mark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+class Served(NamedTuple):
+    """What champion.json held at one moment."""
+
+    champion: Champion | None
+    mark: _Mark | None  # looked at first, so that a change since then shows
+
+    @classmethod
+    def at_first(cls, work_dir: Path) -> "Served":
+        """What it holds now. Raises as `read_champion` does."""
+        mark = _mark(work_dir / CHAMPION)
+        return cls(read_champion(work_dir), mark)
+
+    def now(self, work_dir: Path) -> Champion | None:
+        """What it holds now, read again unless it is untouched."""
+        if self.mark is not None and self.mark == _mark(work_dir / CHAMPION):
+            return self.champion
+        return read_champion(work_dir)
+
+
 class Current:
     """The champion of a work_dir in the hands of who publishes there: changed in place, and only the tasks that a
     change touches are put into JSON anew. A process that publishes on neither reads back nor copies what it wrote.
@@ -154,20 +173,14 @@ class Current:
                 state.replace(task, before.state.get(task))
 
     @contextmanager
-    def replacing(self, work_dir: Path) -> Iterator[None]:
-        """A block after which champion.json holds this one; a kill or an error leaves the old one. The file grows with
-        the tasks, so that the disk takes it while the block does the rest.
+    def drafted(self, work_dir: Path, before: Served, entry: Entry) -> Iterator["Draft"]:
+        """This one, as `entry` makes it, written beside champion.json; nothing is left of it after the block unless it
+        took its place. The file grows with the tasks: the disk takes it while the block does the rest.
         """
-        path = work_dir / CHAMPION
-        with atomic_file(path) as file:
-            self._write_to(file)
-            start_writing(file)
-            date = date_apart(file.fileno())
-            yield
-        mark = _mark(path)
-        # where the times differ, those of the file system are coarser
-        self._mark = mark if mark is not None and mark.modified_ns == date else None
-        Current._last = self
+        with file_beside(work_dir / CHAMPION) as beside:
+            place_of_head = self._write_to(beside.file)
+            start_writing(beside.file)
+            yield Draft(entry, before, self, beside, place_of_head)
 
     def to_bytes(self) -> bytes:
         """The file's content, as `Champion.to_bytes`."""
@@ -175,16 +188,51 @@ class Current:
         self._write_to(file)
         return file.getvalue()
 
-    def _write_to(self, file: BinaryIO) -> None:
+    def _write_to(self, file: BinaryIO) -> int:
+        """Returns the place of the head's digest in the file."""
         if self._tables is None:
             self._tables = _Table(self.champion.bundles), _Table(self.champion.state)
         bundles, state = self._tables
         rest = canonical_json(self.champion.model_dump(include={"format", "head", "increment"}))[1:-1]
         file.write(b'{"bundles":{')
         bundles.write_to(file)
+        place_of_head = file.tell() + len("},") + rest.index(self.champion.head)
         file.write(b"}," + rest.encode() + b',"state":{')
         state.write_to(file)
         file.write(b"}}")
+        return place_of_head
+
+
+class Draft:
+    """champion.json as it will be, beside champion.json as it is. All it may still lack is the head's digest."""
+
+    def __init__(self, entry: Entry, before: Served, current: Current, beside: FileBeside, place_of_head: int) -> None:
+        self.entry = entry  # that the tables were brought up to date with
+        self.before = before
+        self._current = current
+        self._beside = beside
+        self._place_of_head = place_of_head
+
+    def settle(self, head: str) -> None:
+        """Name the head, which leaves nothing open."""
+        self._current.champion = self._current.champion.model_copy(update={"head": head})
+        file = self._beside.file
+        file.seek(self._place_of_head)
+        file.write(head.encode())
+        file.flush()
+        self._date = date_apart(file.fileno())
+
+    def copy(self) -> Champion:
+        """The champion that it will be, whatever becomes of it later."""
+        return self._current.copy()
+
+    def take_place(self) -> None:
+        """Make it champion.json; a kill or an error leaves the old one."""
+        self._beside.take_place()
+        mark = _mark(self._beside.path)
+        # where the times differ, those of the file system are coarser
+        self._current._mark = mark if mark is not None and mark.modified_ns == self._date else None
+        Current._last = self._current
 
 
 def read_champion(work_dir: Path | str) -> Champion | None:

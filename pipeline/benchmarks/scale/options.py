@@ -19,7 +19,7 @@ class ScaleOptions:
     increments: int = 1000
     earlier_tasks: int = 2  # evaluation.earlier_tasks: earlier tasks scored again in an increment
     rows: int = 8  # training rows of a task; half as many each to validate and to test
-    batch_size: int = 4  # rows of an optimizer step
+    batch_size: int = 1  # rows of an optimizer step: small, so that an increment has steps enough for a median
     width: int = 32  # D of the backbone
     layers: int = 1
     rank: int = 4  # of the LoRA experts
