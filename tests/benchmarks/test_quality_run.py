@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmarks.quality import cells, command, launch, run
-from pipeline.benchmarks.quality.ahead import unseen_bundle
+from pipeline.benchmarks.quality import cells, command, launch, run, statistics
+from pipeline.benchmarks.quality.few_rows import unseen_bundle
 from pipeline.benchmarks.quality.options import QualityOptions
 from tests.benchmarks.quality_cells import NUMBERS
 from tests.helpers import _FILLERS
@@ -81,7 +81,7 @@ def test_a_cell_is_the_real_job_with_few_test_rows_until_the_last_task(learned):
         before_last = TASKS[2] if setting != "zero_shot" else TASKS[1]  # O2; without an order, O1
         assert first[0] == second[0] == job
         assert first[3:] == ["--until", before_last, "--set", "rows.test=6"] and second[3:] == []
-        assert third[:2] == ["--module", "pipeline.benchmarks.quality.ahead"] and third[3] == "6"
+        assert third[:2] == ["--module", "pipeline.benchmarks.quality.few_rows"] and third[3] == "6"
 
 
 def test_a_cells_answers_say_its_scores_again(learned):
@@ -99,6 +99,15 @@ def test_a_cells_answers_say_its_scores_again(learned):
                 assert len(own) == len(answers[task]) == (rows if last else 6)
                 assert score == sum(a == b for a, b in zip(answers[task], own, strict=True)) / len(own)
         assert set(record["answers_ahead"]) == set(record["tasks"][1:])
+        assert set(record["answers_again"]) == set(record["tasks"])
+
+
+def test_what_has_not_moved_has_neither_gained_nor_lost(learned):
+    bare = records(learned[0])["zero_shot"]
+    for increment, task in enumerate(bare["tasks"][:-1]):
+        assert bare["answers_again"][task] == bare["answers"][increment][task]
+    figures = statistics.figures(bare, zero_shot=bare, per_task=bare)
+    assert [figures[name] for name in ("bwt", "fwt", "transfer")] == [0, 0, 0]
 
 
 def test_a_task_is_answered_ahead_by_the_bare_backbone_shared_expert_or_latest_adapter(learned):

@@ -40,6 +40,20 @@ def test_figures_of_a_cell_are_those_worked_out_by_hand():
     }
 
 
+def test_rows_of_R_are_compared_in_the_batches_they_were_answered_in_where_the_cell_has_them():
+    # the last, larger evaluation has `one`'s stream rows (1 and 3) half right; in the stream's own batches both are
+    bare = cell("zero_shot", answers=[{"one": "00"}, {"one": "0111", "two": "0000"}], answers_again={"one": "00"})
+    assert statistics.paired_matrix(bare) == [[1.0, None], [1.0, 0.5]]
+    assert statistics.backward(bare)[1]["one"].tolist() == [0.0, 0.0]
+    assert statistics.figures(bare)["bwt"] == 0 and statistics.figures(bare)["acc"] == 0.625
+    # `two`, before it was learned, was answered as 00: 1 of 2 right; the backbone in the same batches, 2 of 2
+    again = {**ZERO_SHOT, "answers_again": {"one": "11", "two": "10"}}
+    assert statistics.figures(cell("moe_cl"), again)["fwt"] == -0.5
+    # LoRAs alone: `one` in the stream's batches 1 of 2 right, where the larger evaluation has none; `two` on all rows
+    alone = {**PER_TASK, "answers": [{}, {"one": "1010", "two": "0101"}], "answers_again": {"one": "01", "two": "10"}}
+    assert statistics.alone(cell("moe_cl"), alone) == [0.5, 1.0]
+
+
 def test_a_cell_without_answers_ahead_has_no_forward_transfer():
     older = cell("moe_cl")
     del older["answers_ahead"]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from pipeline.benchmarks.quality.cells import FORMAT, Cell
-from pipeline.benchmarks.quality.launch import AHEAD, WORK, total_seconds
+from pipeline.benchmarks.quality.launch import AGAIN, AHEAD, WORK, total_seconds
 from pipeline.evaluation import metrics
 from pipeline.evaluation.review_cost import decided
 from pipeline.experts.bank import Bank
@@ -63,20 +63,23 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
         "wall_seconds": round(total_seconds(folder), 1),
         **cost(work_dir, manifests),
     }
-    ahead = read_answers(work_dir / AHEAD)
-    answers, subset = [], {task: mask(rows[task], own) for task, own in ahead.items()}
+    ahead, again = read_answers(work_dir / AHEAD), read_answers(work_dir / AGAIN)
+    answers, subset = [], {task: mask(rows[task], own) for task, own in again.items()}
     for manifest in manifests:
         table = last if manifest is manifests[-1] else read_predictions(work_dir, manifest)
         answers.append({task: encode(contracts[task], own, texts[task]) for task, own in table.items()})
         if manifest is not manifests[-1]:
             subset |= {task: mask(rows[task], own) for task, own in table.items()}
-    before = {task: encode(contracts[task], own, texts[task]) for task, own in ahead.items()}
+    beside = {
+        name: {task: encode(contracts[task], own, texts[task]) for task, own in table.items()}
+        for name, table in (("answers_ahead", ahead), ("answers_again", again))
+    }
     if manifests[-1].row_inferred:
         record["R_inferred"] = [[manifest.row_inferred.get(task) for task in tasks] for manifest in manifests]
     if reviews := read_review(work_dir, manifests[-1]):
         record["review"] = {task: {key: own[key] for key in _REVIEW} for task, own in reviews.items()}
         record["decided"] = {task: decided_rows(last[task], own["thresholds"]) for task, own in reviews.items()}
-    return {**record, "answers": answers, "answers_ahead": before, "stream_rows": subset}
+    return {**record, **beside, "answers": answers, "stream_rows": subset}
 
 
 def decided_rows(rows: dict[str, dict[str, Any]], thresholds: dict[str, float | None]) -> str:

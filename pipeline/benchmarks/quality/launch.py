@@ -5,8 +5,8 @@
                                  log.txt  launches.json         what it said, and how long each launch took
 
 Only the last row of R is scored on all test rows. So the command is launched twice: up to the last task but one with
-`rows.test` set to the smaller number, and then for the rest without it. A third launch (ahead.py) scores each task
-before it was learned.
+`rows.test` set to the smaller number, and then for the rest without it. A third launch (few_rows.py) scores the
+smaller number of each task before it was learned and after the last.
 """
 
 import json
@@ -32,7 +32,8 @@ from pipeline.files import write_atomic
 from pipeline.training.stop import EXIT_STOPPED
 
 WORK, LOG, LAUNCHES = "work", "log.txt", "launches.json"
-AHEAD, AHEAD_MODULE = "ahead", "pipeline.benchmarks.quality.ahead"  # its folder in the work_dir
+FEW_ROWS_MODULE = "pipeline.benchmarks.quality.few_rows"
+AHEAD, AGAIN = "ahead", "again"  # its folders in the work_dir
 _POLL = 1.0  # seconds between two looks at a launch
 
 
@@ -94,7 +95,7 @@ def run_cell(cell: Cell, folder: Path, say: Callable[[str], None]) -> None:
         found = f"{num_increments(folder)} of {len(names)} increments"
         raise RuntimeError(f"{cell.name} ended with {found}:\n{tail(folder)}")
     if len(names) > 1:
-        launch(cell, folder, ["--module", AHEAD_MODULE, str(folder / WORK), str(few)], say)
+        launch(cell, folder, ["--module", FEW_ROWS_MODULE, str(folder / WORK), str(few)], say)
 
 
 def launch(cell: Cell, folder: Path, arguments: list[str], say: Callable[[str], None]) -> None:

@@ -1,7 +1,8 @@
 """What is read from finished cells: METHODS section 5 on their matrices, and paired bootstraps over their rows.
 
 A cell's last row of R is measured on more rows than those above it. What compares two rows of R (backward transfer,
-forgetting, transfer) is taken on the rows that both were measured on.
+forgetting, transfer) is taken on the rows that both were measured on, answered in the same batches where the cell has
+`answers_again`; cells of before 2026-11-24 have not, and theirs are read out of the last row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,13 @@ def scores_ahead(record: Record, task: str) -> np.ndarray:
     return _scores(record, 0, task, record["answers_ahead"][task])
 
 
+def scores_again(record: Record, task: str) -> np.ndarray:
+    """Scores after the last increment of the rows that the increments before it measured."""
+    if task in record.get("answers_again", {}):
+        return _scores(record, 0, task, record["answers_again"][task])
+    return np.asarray(last_on(record, 0, task, row_scores(record, len(record["R"]) - 1, task)))
+
+
 def _scores(record: Record, increment: int, task: str, answers: str | list[int]) -> np.ndarray:
     if isinstance(answers, list):
         return np.array(answers) / 1000
@@ -58,7 +66,7 @@ def paired_matrix(record: Record) -> matrix.Matrix:
     last = len(record["R"]) - 1
     rows = [list(row) for row in record["R"]]
     for place, task in enumerate(record["tasks"][:-1]):
-        rows[last][place] = float(last_on(record, 0, task, row_scores(record, last, task)).mean())
+        rows[last][place] = float(scores_again(record, task).mean())
     return rows
 
 
@@ -79,10 +87,9 @@ def figures(record: Record, zero_shot: Record | None = None, per_task: Record | 
 
 def alone(record: Record, per_task: Record) -> list[float]:
     """The scores of LoRAs trained alone, in the record's order of tasks, on the rows of the record's diagonal."""
-    last = len(per_task["R"]) - 1
-    scores = [row_scores(per_task, last, task) for task in record["tasks"]]
-    diagonal = zip(record["tasks"], scores, strict=True)
-    return [float(last_on(record, place, task, own).mean()) for place, (task, own) in enumerate(diagonal)]
+    *earlier, newest = record["tasks"]
+    scores = [scores_again(per_task, task) for task in earlier]
+    return [float(own.mean()) for own in (*scores, row_scores(per_task, len(per_task["R"]) - 1, newest))]
 
 
 def whole_matrix(record: Record) -> matrix.Matrix:
@@ -100,8 +107,7 @@ def forward_transfer(record: Record, zero_shot: Record) -> float | None:
     tasks = record["tasks"]
     if "answers_ahead" not in record:
         return None
-    end = len(zero_shot["R"]) - 1
-    bare = [float(last_on(record, 0, task, row_scores(zero_shot, end, task)).mean()) for task in tasks]
+    bare = [float(scores_again(zero_shot, task).mean()) for task in tasks]
     return matrix.fwt(whole_matrix(record), bare)
 
 
@@ -125,9 +131,8 @@ def decided_difference(first: Record, second: Record) -> Unit:
 
 def backward(record: Record) -> Unit:
     """Row by row an earlier task's score after the last task less its score when it was learned."""
-    end = len(record["R"]) - 1
     rows = {
-        task: last_on(record, 0, task, row_scores(record, end, task)) - row_scores(record, place, task)
+        task: scores_again(record, task) - row_scores(record, place, task)
         for place, task in enumerate(record["tasks"][:-1])
     }
     return record["deciding"]["seed"], rows
