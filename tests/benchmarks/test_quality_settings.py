@@ -77,6 +77,22 @@ def test_validation_rows_are_held_out_of_train_where_there_is_no_file(tmp_path):
         sample_task(options_of(data=str(tmp_path)), 17, Task("cb", "{text}:"))
 
 
+def test_two_tasks_of_one_source_have_different_rows_of_every_split(tmp_path):
+    (tmp_path / "tweets").mkdir()
+    for split, count in (("train", 9), ("validation", 4), ("test", 5)):
+        rows = [{**row, "id": f"{split}-{row['id']}"} for row in rows_of({"a": count, "b": count})]
+        pq.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "tweets" / f"{split}.parquet")
+    options = options_of(suite="sentiment8", data=str(tmp_path))
+    tasks = [SUITES["sentiment8"].tasks[f"tweets_{half}"] for half in (1, 2)]
+    halves = [sample_task(options, 17, task).splits for task in tasks]
+    for split, count in (("train", 18), ("validation", 8), ("test", 10)):
+        first, second = ({row["id"] for row in half[split]} for half in halves)
+        assert len(first) == len(second) == count / 2 and len(first | second) == count
+    assert [task.name for task in tasks] == ["tweets_1", "tweets_2"]
+    with pytest.raises(UserError, match="has no editorials/train"):
+        sample_task(options, 17, SUITES["sentiment8"].tasks["editorials_2"])
+
+
 def test_a_trace_prompt_is_the_contracts_first_and_last_line_around_the_text():
     prompt = "Solve the following math problem.\nQuestion:\nTwo and two?\nAnswer:"
     row = ROW_FORMS["trace"]({"id": "1", "prompt": prompt, "answer": "4"})

@@ -11,6 +11,7 @@ from pipeline.benchmarks.quality.report import (
     as_markdown,
     difference_table,
     figure_table,
+    growth_table,
     inferred_table,
     review_difference_table,
     review_table,
@@ -134,6 +135,11 @@ def test_a_method_without_an_order_stands_against_the_first_and_against_every_or
     assert lines[3][:4] == ["per_task", "O1 O2", "8", "-37.50"]
     assert lines[4] == ["sequential", "O1", "8", "+0.00", "+0.00 to +0.00"]
     assert len(lines) == 5, "no order in common with replay_10"
+
+
+def test_what_is_kept_after_each_increment_is_a_line_a_setting():
+    records = [PER_TASK, cell("moe_cl"), cell("moe_cl", "O2", served_bytes=[1, 1])]
+    assert growth_table(records).splitlines()[2:] == ["| per_task | 4.0 | 8.0 |", "| moe_cl | 4.0 | 8.0 |"]
 
 
 def test_rows_decided_alone_are_compared_row_by_row():

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import UserError
+from pipeline.benchmarks.quality.suites import SUITES
 
-SUITES = ("mtl5", "long_sequence", "trace", "compliance3")
 MAX_LEARNING_RATES = 4  # the budget of every method: no more settings are tried for one than for another
 _ZERO2 = Path(__file__).resolve().parents[3] / "deepspeed_configs" / "zero2.json"
 

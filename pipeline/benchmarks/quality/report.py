@@ -35,6 +35,7 @@ def as_markdown(suite: str, records: Sequence[Record], budget: dict[str, Any]) -
         (f"{REFERENCE} less each other method: rows decided without review", review_difference_table(records)),
         ("With and without the task's name", inferred_table(records)),
         ("Scores by task after the last one, mean over orders and seeds", task_table(records)),
+        ("Kept MB after each increment, first order and seed", growth_table(records)),
     ):
         if table:
             parts += [f"## {heading}", table]
@@ -125,6 +126,15 @@ def task_table(records: Sequence[Record]) -> str:
         values = [mean([cells[0](record)[task] for record in own]) for task in tasks]
         values += [mean([cells[1](record)[task] for record in own]) for task in binary]
         lines.append((setting, *(f"{100 * value:.1f}" for value in values)))
+    return markdown(lines)
+
+
+def growth_table(records: Sequence[Record]) -> str:
+    """Bytes that serving and carrying on take after every increment; one cell a setting."""
+    places = [str(number) for number in range(1, len(records[0]["tasks"]) + 1)]
+    lines = [("method", *places), ("---", *["---:"] * len(places))]
+    for setting, own in by_setting(records).items():
+        lines.append((setting, *(f"{count / 1e6:.1f}" for count in own[0]["served_bytes"])))
     return markdown(lines)
 
 

@@ -77,7 +77,7 @@ def sample_task(options: QualityOptions, seed: int, task: Task) -> Sample:
     """Draw the rows of one task; validation rows come out of train where there is no such file."""
     read = {split: read_rows(options.data, task, split) for split in ("train", "validation", "test")}
     if not read["train"] or not read["test"]:
-        raise UserError(f"--data {options.data} has no {task.folder}/train.parquet and test.parquet; name another")
+        raise UserError(f"--data {options.data} has no {task.data_folder}/train.parquet and test.parquet; name another")
     strata = [row["label"] for row in read["train"] + read["test"]] if task.kind == "classification" else []
     pools, splits = dict(read), {}
     if not read["validation"]:
@@ -92,13 +92,17 @@ def sample_task(options: QualityOptions, seed: int, task: Task) -> Sample:
 
 def read_rows(data: str, task: Task, split: str) -> list[Row]:
     """The rows of a file in the form of their task; none where there is no file."""
-    path = Path(data) / task.folder / f"{split}.parquet"
+    path = Path(data) / task.data_folder / f"{split}.parquet"
     if not path.is_file():
         return []
     try:
-        return [ROW_FORMS[task.form](row) for row in pq.read_table(path).to_pylist()]
+        rows = [ROW_FORMS[task.form](row) for row in pq.read_table(path).to_pylist()]
     except (pa.ArrowException, KeyError) as error:
         raise UserError(f"{path}: not a file of the suite ({str(error).splitlines()[0]}); name another") from None
+    if task.part is None:
+        return rows
+    first, step = task.part
+    return sorted(rows, key=lambda row: row["id"])[first::step]
 
 
 def draw(rows: Sequence[Row], wanted: int, seed: str, stratified: bool) -> list[Row]:

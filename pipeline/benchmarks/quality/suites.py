@@ -14,7 +14,7 @@ _YES_NO = {"True": " yes", "False": " no"}
 class Task:
     """One task of a suite. Answers default to the label's name after a blank."""
 
-    folder: str  # its folder below the data
+    folder: str  # its folder below the data, unless `source` says another
     prompt: str  # of the contract
     answers: dict[str, str] | None = None  # answer text by label
     kind: str = "classification"
@@ -23,6 +23,13 @@ class Task:
     form: str = "text"  # how a row is read: see `sampling.ROW_FORMS`
     max_answer_tokens: int = 24
     answer_match: str = "full"
+    source: str | None = None  # folder below the data that several tasks are taken from
+    part: tuple[int, int] | None = None  # (k, n): of its rows, in the order of their ids, every n-th from the k-th
+
+    @property
+    def data_folder(self) -> str:
+        """The folder below the data that holds its rows."""
+        return self.source or self.folder
 
     @property
     def name(self) -> str:
@@ -51,6 +58,15 @@ def _suite(tasks: list[Task], orders: dict[str, str], max_tokens: int, review: f
 def _trace(folder: str, first: str, last: str, **settings: Any) -> Task:
     """A TRACE task: every prompt has the same first and last line, which the contract states."""
     return Task(folder, f"{first}\n{{text}}\n{last}", form="trace", **settings)
+
+
+def _halves(sources: dict[str, str]) -> list[Task]:
+    """Each source as two tasks of different rows; first the first halves."""
+    return [
+        Task(f"{source}_{half + 1}", prompt, source=source, part=(half, 2))
+        for half in range(2)
+        for source, prompt in sources.items()
+    ]
 
 
 _LETTERS = {letter: f" {letter}" for letter in "ABC"}
@@ -132,6 +148,22 @@ SUITES: dict[str, Suite] = {
         ],
         {"O1": "C-STANCE FOMC MeetingBank ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten"},  # TRACE's own
         512,
+    ),
+    # eight tasks akin to each other, of the data that jobs/demo.py makes: what a method keeps of a task it half knows
+    "sentiment8": _suite(
+        _halves(
+            {
+                "product_reviews": "Product review: {text}\nSentiment:",
+                "tweets": "Tweet: {text}\nSentiment:",
+                "movie_reviews": "Movie review: {text}\nSentiment:",
+                "editorials": "Editorial: {text}\nSentiment:",
+            }
+        ),
+        {
+            "O1": "product_reviews_1 tweets_1 movie_reviews_1 editorials_1 "
+            "product_reviews_2 tweets_2 movie_reviews_2 editorials_2"
+        },
+        128,
     ),
     "compliance3": _suite(
         [
